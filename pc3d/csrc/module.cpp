@@ -1,0 +1,9 @@
+// The Python module of the CPU kernels. Each kernel family registers its functions in its own file.
+#include <nanobind/nanobind.h>
+
+#include "module.h"
+
+NB_MODULE(_C, m) {
+  m.doc() = "pc3d CPU kernels (C++17, no libtorch): arrays cross as DLPack tensors";
+  pc3d::register_threads(m);
+}

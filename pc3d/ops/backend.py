@@ -1,0 +1,54 @@
+"""Which implementation of an op runs: the C++ extension when it is built, plain PyTorch otherwise.
+
+This is the one documented dispatch setting of the package: :func:`use_backend` (or ``PC3D_BACKEND=reference``) forces the
+plain-PyTorch path, which every kernel is tested against.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from functools import cache
+from types import ModuleType
+from typing import Literal
+
+import torch
+
+Backend = Literal["auto", "reference"]
+_choice: Backend = "reference" if os.environ.get("PC3D_BACKEND") == "reference" else "auto"
+
+
+@cache
+def _load() -> ModuleType | None:
+    try:
+        from pc3d import _C  # type: ignore[attr-defined]
+    except ImportError as error:
+        warnings.warn(f"pc3d runs without its C++ kernels (slow): {error}. Reinstall with `pip install .`", stacklevel=3)
+        return None
+    return _C
+
+
+def cpu_kernels(*tensors: torch.Tensor) -> ModuleType | None:
+    """The C++ extension, ready to run on ``tensors``; None when the reference path must serve them.
+
+    The thread count of the kernels follows ``torch.get_num_threads()`` at every call.
+    """
+    if _choice == "reference" or any(t.device.type != "cpu" for t in tensors):
+        return None
+    kernels = _load()
+    if kernels is not None:
+        kernels.set_num_threads(torch.get_num_threads())
+    return kernels
+
+
+@contextlib.contextmanager
+def use_backend(choice: Backend) -> Iterator[None]:
+    """Force the plain-PyTorch reference of every op (``"reference"``) or the fastest one (``"auto"``) inside a block."""
+    global _choice
+    before, _choice = _choice, choice
+    try:
+        yield
+    finally:
+        _choice = before
