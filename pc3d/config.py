@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -17,7 +18,7 @@ class Configurable:
     """Mixin: records the arguments of ``__init__`` so that an object can be written as ``class_path``/``init_args``.
 
     Arguments may be plain values, paths, (nested) sequences and mappings of them, and other ``Configurable`` objects. They are
-    recorded as given, by name, without the values that equal the defaults' absence; nothing has to be written in a subclass.
+    recorded as given, by name; nothing has to be written in a subclass. A dataclass is recorded by its fields.
     """
 
     _init_args: dict[str, Any]
@@ -45,7 +46,11 @@ class Configurable:
 
     def to_config(self) -> dict[str, Any]:
         """``{"class_path": ..., "init_args": {...}}`` of plain values: JSON and YAML can hold it, :func:`instantiate` reads it."""
-        arguments = {name: _plain(value) for name, value in self.__dict__.get("_init_args", {}).items()}
+        if dataclasses.is_dataclass(self):
+            given = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.init}
+        else:
+            given = self.__dict__.get("_init_args", {})
+        arguments = {name: _plain(value) for name, value in given.items()}
         return {"class_path": class_path(type(self)), "init_args": arguments}
 
 

@@ -1,0 +1,32 @@
+"""Shared fixtures: where the real sample scans and the golden files are (tests that need them skip without them)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _folder(variable: str, default: str) -> Path:
+    return Path(os.environ.get(variable, ROOT / default)).resolve()
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Folder of small real scans: ``$PC3D_DATA_DIR``, default ``../shared/data``."""
+    folder = _folder("PC3D_DATA_DIR", "../shared/data")
+    if not folder.is_dir():
+        pytest.skip(f"no sample scans at {folder} (set PC3D_DATA_DIR)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """Folder of recorded outputs of published implementations: ``$PC3D_GOLDEN_DIR``, default ``../shared/reference/golden``."""
+    folder = _folder("PC3D_GOLDEN_DIR", "../shared/reference/golden")
+    if not folder.is_dir():
+        pytest.skip(f"no golden files at {folder} (set PC3D_GOLDEN_DIR)")
+    return folder
