@@ -21,8 +21,8 @@ from pc3d.ops.kernel_map import KernelMap
 def sparse_conv(feat: Tensor, weight: Tensor, kmap: KernelMap, bias: Tensor | None = None) -> Tensor:
     """Sparse convolution (cross-correlation, no kernel flip) of voxel features.
 
-    Differentiable in ``feat``, ``weight`` and ``bias``, twice. Half inputs are summed in float32 and rounded once. Under
-    autocast the operands are cast to its dtype.
+    Differentiable in ``feat``, ``weight`` and ``bias``, twice. Half inputs are summed in float32 and rounded once.
+    Under autocast the operands are cast to its dtype.
 
     Args:
         feat: ``(num_in, Cin)`` floating point.

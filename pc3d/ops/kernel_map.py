@@ -20,8 +20,8 @@ Triple = tuple[int, int, int]
 class KernelMap:
     """The pairs (input row, output row) of a sparse convolution, kernel offset after kernel offset.
 
-    Kernel offsets are numbered row-major, ``k = (kx * Ky + ky) * Kz + kz``. Under one offset every output row, and every
-    input row, occurs at most once.
+    Kernel offsets are numbered row-major, ``k = (kx * Ky + ky) * Kz + kz``. Under one offset every output row, and
+    every input row, occurs at most once.
 
     Attributes:
         in_rows: ``(P,)`` int32, input row of each pair.
@@ -54,7 +54,7 @@ class KernelMap:
         if "inverse" not in self.plans:
             order = _order_by_offset_and_row(self.in_rows, self.offsets, self.num_in)
             self.plans["inverse"] = KernelMap(
-                self.out_rows[order], self.in_rows[order], self.offsets, self.num_out, self.num_in, {"inverse": self}
+                self.out_rows[order], self.in_rows[order], self.offsets, self.num_out, self.num_in
             )
         return self.plans["inverse"]
 
@@ -99,8 +99,8 @@ def strided_map(
     """Map of a strided convolution, ``out[o] = sum_k W_k^T in[o * stride - padding + k * dilation]``.
 
     An output voxel exists where at least one input contributes. With ``spatial_shape`` the outputs are also bounded by
-    ``0 <= o < output_shape(...)``, the rule of spconv: inputs beyond the last full window are dropped. Without it nothing
-    is ever dropped.
+    ``0 <= o < output_shape(...)``, the rule of spconv: inputs beyond the last full window are dropped. Without it
+    nothing is ever dropped.
 
     Args:
         coord: ``(M, 4)`` int32 rows ``[batch, x, y, z]``, unique, any order; coordinates may be negative.
@@ -235,7 +235,7 @@ def _kernel_offsets(kernel: Triple) -> Iterator[tuple[int, ...]]:
 
 
 def _window_start(offset: Sequence[int], padding: Triple, dilation: Triple, device: torch.device) -> Tensor:
-    """``k * dilation - padding``: fine coordinate under a kernel offset, counted from ``stride`` times the coarse one."""
+    """``k * dilation - padding``: fine coordinate under a kernel offset, from ``stride`` times the coarse one on."""
     return torch.tensor([o * d - p for o, d, p in zip(offset, dilation, padding, strict=True)], device=device)
 
 
