@@ -1,0 +1,73 @@
+"""``Pipeline``: the one description of how a raw cloud becomes a model's input, in training, evaluation and testing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from pc3d.config import Configurable
+from pc3d.data.transforms import AssembleFeatures, Compose, GridSample, Transform
+from pc3d.errors import InputError
+from pc3d.points import Points
+
+
+@dataclass
+class Pipeline(Configurable):
+    """Raw points to model input.
+
+    Attributes:
+        grid_size: edge of a sampling cell in metres.
+        features: attributes that make up ``feat``, in order.
+        prepare: deterministic steps, first in training and evaluation alike.
+        augment: random steps, training only.
+        crop: training only, after grid sampling.
+        finish: last steps before the features are assembled, in training and evaluation; they keep every point.
+    """
+
+    grid_size: float
+    features: list[str]
+    prepare: list[Transform] = field(default_factory=list)
+    augment: list[Transform] = field(default_factory=list)
+    crop: list[Transform] = field(default_factory=list)
+    finish: list[Transform] = field(default_factory=list)
+
+    @property
+    def in_channels(self) -> int:
+        """Width of ``feat``."""
+        return AssembleFeatures(self.features).channels
+
+    def train(self, points: Points, generator: torch.Generator | None = None) -> Points:
+        """A training sample: prepare, augment, one random point per cell, crop, finish, features."""
+        sample = GridSample(self.grid_size, pick="random")
+        return Compose([*self.prepare, *self.augment, sample, *self.crop, *self._last()])(points, generator)
+
+    def evaluate(self, points: Points) -> Points:
+        """The first point of each cell; ``source`` is the prepared cloud with its labels and inverse map.
+
+        Raises:
+            InputError: if a step of ``finish`` removes or reorders points.
+        """
+        sample = GridSample(self.grid_size, pick="first", inverse=True)
+        sampled = Compose([*self.prepare, sample, *self._last()])(points)
+        if sampled.source is None:
+            raise InputError("pipeline.finish removes or reorders points: move that transform to 'prepare' or 'crop'")
+        return sampled
+
+    def fragments(
+        self, points: Points, augmentation: Sequence[Transform] = (), generator: torch.Generator | None = None
+    ) -> Iterator[Points]:
+        """Model inputs that together hold every point of one prepared cloud, made one at a time.
+
+        ``attrs["index"]`` is the row of each point in ``points``; rows that ``prepare`` removes are in no fragment.
+        See :meth:`pc3d.data.transforms.GridSample.fragments`.
+        """
+        rows = torch.arange(points.num_points, device=points.device)
+        augmented = Compose([*self.prepare, *augmentation])(points.with_attrs(index=rows), generator)
+        last = Compose(self._last())
+        for fragment in GridSample(self.grid_size).fragments(augmented):
+            yield last(fragment, generator)
+
+    def _last(self) -> list[Transform]:
+        return [*self.finish, AssembleFeatures(self.features)]

@@ -1,0 +1,207 @@
+"""Which points stay: grid sampling, crops, dropout, clipping and order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pc3d.data.transforms.base import CloudTransform, Transform, chance
+from pc3d.errors import InputError
+from pc3d.ops.voxelize import UniqueVoxels, grid_coords, unique_voxels
+from pc3d.points import Points
+
+Pick = Literal["random", "first", "center"]
+KeyOrder = Literal["raster", "fnv"]
+
+_FNV_BASIS = 14695981039346656037 - 2**64  # as a signed 64-bit integer
+_FNV_PRIME = 1099511628211
+
+
+class GridSample(Transform):
+    """Keep one point per cell of a cubic grid, ``floor(coord / size)``.
+
+    Sets ``grid_coord`` (N, 3) int32, counted from each cloud's lowest cell. The points come out in the order of their cells.
+
+    Args:
+        size: edge of a cell in metres.
+        pick: which point stands for a cell: a ``random`` one, the ``first`` row, or the one nearest to the cell's ``center``.
+        inverse: keep the clouds before sampling as ``source``, with ``attrs["inverse"]`` (point -> row of the sampled cloud).
+        key_order: ``"raster"`` orders the cells by (x, y, z) and draws members evenly. ``"fnv"`` is the published protocol:
+            cells by their 64-bit FNV-1 hash, member ``U{0, ..., max count - 1} mod count`` (slightly uneven).
+    """
+
+    def __init__(
+        self, size: float, pick: Pick = "random", inverse: bool = False, key_order: KeyOrder = "raster"
+    ) -> None:
+        self.size = size
+        self.pick = pick
+        self.inverse = inverse
+        self.key_order = key_order
+
+    def __call__(self, points: Points, generator: torch.Generator | None = None) -> Points:
+        grid, voxels = self._cells(points)
+        rows = self._picked_rows(points, voxels, generator)
+        sampled = points.with_attrs(grid_coord=grid).select(rows)
+        if not self.inverse:
+            return sampled
+        local = voxels.inverse - voxels.voxel_offsets[points.batch]
+        return sampled.replace(source=points.with_attrs(inverse=local))
+
+    def fragments(self, points: Points) -> Iterator[Points]:
+        """Every point of one cloud, in as few one-point-per-cell samples as possible, made one at a time.
+
+        Fragment ``f`` holds member ``f mod count`` of each cell, so a point of a sparse cell comes back in several fragments.
+        All fragments have the same ``grid_coord``. ``attrs["index"]`` is the row of each point in ``points`` (an ``index``
+        that ``points`` already carries is kept).
+
+        Raises:
+            ValueError: for a batch of several clouds.
+        """
+        if len(points) != 1:
+            raise ValueError(f"fragments are made of one cloud at a time, got {len(points)}")
+        grid, voxels = self._cells(points)
+        index = points.attrs.get("index", torch.arange(points.num_points, device=points.device))
+        points = points.with_attrs(grid_coord=grid, index=index)
+        starts = voxels.row_offsets[:-1]
+        for fragment in range(int(voxels.counts.max()) if len(voxels) else 0):
+            yield points.select(voxels.order_rows[starts + fragment % voxels.counts])
+
+    def _cells(self, points: Points) -> tuple[Tensor, UniqueVoxels]:
+        grid = grid_coords(points.coord, points.offsets, self.size)
+        voxels = unique_voxels(grid, points.offsets, "raster")
+        if self.key_order == "fnv":
+            voxels = _reorder(voxels, _fnv_order(grid[voxels.first], points.batch[voxels.first]))
+        return grid, voxels
+
+    def _picked_rows(self, points: Points, voxels: UniqueVoxels, generator: torch.Generator | None) -> Tensor:
+        if self.pick == "first":
+            return voxels.first
+        if self.pick == "center":
+            return _nearest_to_center(points.coord, voxels, self.size)
+        high = voxels.counts
+        if self.key_order == "fnv" and len(voxels):
+            cloud_max = torch.segment_reduce(high.double(), "max", offsets=voxels.voxel_offsets, initial=0).long()
+            high = cloud_max[points.batch[voxels.first]]
+        member = self._draw(high, generator) % voxels.counts
+        return voxels.order_rows[voxels.row_offsets[:-1] + member]
+
+    def _draw(self, high: Tensor, generator: torch.Generator | None) -> Tensor:
+        """One integer from U{0, ..., high - 1} for every entry of ``high``."""
+        return (torch.rand(len(high), dtype=torch.float64, generator=generator).to(high.device) * high).long()
+
+
+def fnv_keys(grid: Tensor) -> Tensor:
+    """``(N,)`` int64: FNV-1 64-bit hash over x, y, z of ``(N, 3)`` cells; the bits of the unsigned hash."""
+    keys = torch.full((len(grid),), _FNV_BASIS, dtype=torch.int64, device=grid.device)
+    for axis in range(3):
+        keys = (keys * _FNV_PRIME) ^ grid[:, axis].long()
+    return keys
+
+
+def _fnv_order(grid: Tensor, batch: Tensor) -> Tensor:
+    unsigned_order = fnv_keys(grid) ^ torch.iinfo(torch.int64).min
+    order = torch.argsort(unsigned_order)
+    return order[torch.argsort(batch[order], stable=True)]
+
+
+def _reorder(voxels: UniqueVoxels, order: Tensor) -> UniqueVoxels:
+    """The same voxels, the one at ``order[i]`` becoming number ``i``; ``order`` keeps the clouds in place."""
+    new_number = torch.empty_like(order)
+    new_number[order] = torch.arange(len(order), device=order.device)
+    inverse = new_number[voxels.inverse]
+    return replace(
+        voxels,
+        first=voxels.first[order],
+        counts=voxels.counts[order],
+        inverse=inverse,
+        order_rows=torch.argsort(inverse, stable=True),
+    )
+
+
+def _nearest_to_center(coord: Tensor, voxels: UniqueVoxels, size: float) -> Tensor:
+    cells = coord.double() / size
+    distance = (cells - cells.floor() - 0.5).square().sum(1)
+    near_first = torch.argsort(distance, stable=True)
+    by_voxel = near_first[torch.argsort(voxels.inverse[near_first], stable=True)]
+    return by_voxel[voxels.row_offsets[:-1]]
+
+
+class SphereCrop(CloudTransform):
+    """Keep the points nearest to a random point of the cloud, ordered by distance; a smaller cloud stays as it is.
+
+    Args:
+        max_points: points to keep; or
+        rate: share of the cloud's points to keep. Give one of the two.
+    """
+
+    def __init__(self, max_points: int | None = None, rate: float | None = None) -> None:
+        if (max_points is None) == (rate is None):
+            raise InputError(
+                f"SphereCrop takes max_points or rate, one of them, got max_points={max_points}, rate={rate}"
+            )
+        self.max_points = max_points
+        self.rate = rate
+
+    def apply(self, cloud: Points, generator: torch.Generator | None) -> Points:
+        keep = int(self.rate * cloud.num_points) if self.rate is not None else self.max_points
+        assert keep is not None
+        if cloud.num_points <= keep:
+            return cloud
+        center = cloud.coord[torch.randint(cloud.num_points, (1,), generator=generator).item()]
+        distance = (cloud.coord - center).square().sum(1)
+        return cloud.select(torch.argsort(distance, stable=True)[:keep])
+
+
+class RandomDropout(CloudTransform):
+    """With probability ``p`` keep only ``int(n * (1 - ratio))`` random points of a cloud; the kept ones stay in order."""
+
+    def __init__(self, ratio: float = 0.2, p: float = 0.2) -> None:
+        self.ratio = ratio
+        self.p = p
+
+    def apply(self, cloud: Points, generator: torch.Generator | None) -> Points:
+        if not chance(self.p, generator):
+            return cloud
+        keep = torch.zeros(cloud.num_points, dtype=torch.bool)
+        keep[torch.randperm(cloud.num_points, generator=generator)[: int(cloud.num_points * (1 - self.ratio))]] = True
+        return cloud.select(keep.to(cloud.device))
+
+
+class ShufflePoints(CloudTransform):
+    """Put the points of a cloud in random order."""
+
+    def apply(self, cloud: Points, generator: torch.Generator | None) -> Points:
+        return cloud.select(torch.randperm(cloud.num_points, generator=generator).to(cloud.device))
+
+
+class CropBox(Transform):
+    """Remove the points outside a box (``PointClip`` moves them to its faces instead).
+
+    Args:
+        point_range: ``(xmin, ymin, zmin, xmax, ymax, zmax)`` in metres; faces belong to the box.
+    """
+
+    def __init__(self, point_range: Sequence[float]) -> None:
+        self.point_range = check_range(point_range)
+
+    def __call__(self, points: Points, generator: torch.Generator | None = None) -> Points:
+        low, high = (points.coord.new_tensor(corner) for corner in (self.point_range[:3], self.point_range[3:]))
+        return points.select(((points.coord >= low) & (points.coord <= high)).all(1))
+
+
+def check_range(point_range: Sequence[float]) -> tuple[float, ...]:
+    """The six numbers of a box, lower corner first.
+
+    Raises:
+        InputError: if there are not six or a lower one exceeds its upper one.
+    """
+    values = tuple(float(v) for v in point_range)
+    if len(values) != 6 or any(low > high for low, high in zip(values[:3], values[3:], strict=True)):
+        raise InputError(
+            f"point_range must be [xmin, ymin, zmin, xmax, ymax, zmax] with min <= max, got {list(point_range)}"
+        )
+    return values

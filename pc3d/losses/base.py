@@ -1,0 +1,67 @@
+"""The contract of a segmentation loss."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from pc3d.config import Configurable
+from pc3d.errors import InputError
+
+
+class Loss(nn.Module, Configurable, ABC):
+    """``loss_weight`` times a scalar made of logits and classes, in float32; 0 with zero gradient if every point is ignored.
+
+    Args:
+        loss_weight: factor on the result.
+        ignore_index: class value of points that do not count.
+    """
+
+    def __init__(self, loss_weight: float = 1.0, ignore_index: int = -1) -> None:
+        super().__init__()
+        self.loss_weight = loss_weight
+        self.ignore_index = ignore_index
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Scalar loss.
+
+        Args:
+            logits: ``(N, K)`` floating point.
+            target: ``(N,)`` int64, classes ``0 .. K - 1`` or ``ignore_index``.
+
+        Raises:
+            ValueError: if the shapes do not fit.
+            InputError: if a class is outside ``0 .. K - 1`` (checked on the CPU only: on a GPU the check would wait for it).
+        """
+        if logits.ndim != 2 or target.shape != logits.shape[:1]:
+            raise ValueError(
+                f"logits must be (N, K) and target (N,), got {tuple(logits.shape)} and {tuple(target.shape)}"
+            )
+        if target.device.type == "cpu":
+            self._check_classes(target, logits.shape[1])
+        return self.loss_weight * self.compute(logits.float(), target)
+
+    @abstractmethod
+    def compute(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The loss before ``loss_weight``; ``logits`` are float32."""
+
+    def _check_classes(self, target: Tensor, num_classes: int) -> None:
+        wrong = target[((target < 0) | (target >= num_classes)) & (target != self.ignore_index)]
+        if len(wrong):
+            raise InputError(
+                f"target holds class {wrong[0].item()} ({len(wrong)} points outside 0..{num_classes - 1}, "
+                f"ignore {self.ignore_index}): map the labels or raise the number of classes"
+            )
+
+
+def class_weights(weight: list[float] | None) -> Tensor | None:
+    """Class weights as a float32 tensor."""
+    return None if weight is None else torch.tensor(weight, dtype=torch.float32)
+
+
+def check_class_weights(weight: Tensor | None, num_classes: int) -> None:
+    """Raises InputError unless there is one weight per class (or none at all)."""
+    if weight is not None and len(weight) != num_classes:
+        raise InputError(f"{len(weight)} class weights for {num_classes} classes")
