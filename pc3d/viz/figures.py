@@ -1,0 +1,179 @@
+"""Pictures of results: confusion matrices, and input | truth | prediction panels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pc3d.errors import InputError
+from pc3d.points import Points
+from pc3d.viz.colors import RIGHT, UNLABELLED, WRONG, Palette, distinct_palette, label_colors, point_colors
+from pc3d.viz.render import choose_view, rasterize
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_MOST_COUNTS = 25  # classes; beyond this the numbers in the cells cannot be read
+
+
+def save_confusion_matrix(path: str | Path, confusion: Tensor | NDArray, class_names: Sequence[str]) -> Path:
+    """Write a confusion matrix as a picture: rows are the truth, coloured by their share, with the number of points.
+
+    Args:
+        confusion: ``(K, K)`` counts, ``confusion[truth, prediction]``. Rows without points stay empty.
+
+    Raises:
+        InputError: if the names do not fit, matplotlib is missing or the file cannot be written.
+    """
+    counts = np.asarray(confusion).astype(np.int64)
+    num_classes = len(counts)
+    if counts.shape != (num_classes, num_classes) or len(class_names) != num_classes:
+        raise InputError(f"{path}: confusion matrix of shape {counts.shape} for {len(class_names)} class names")
+    totals = counts.sum(1, keepdims=True)
+    share = counts / np.maximum(totals, 1)
+    side = 2.6 + 0.62 * num_classes
+    figure = _figure(side + 0.9, side, path)
+    axes = figure.add_subplot()
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(num_classes), class_names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(
+        range(num_classes), [f"{name}  ({_short(n)})" for name, n in zip(class_names, totals[:, 0], strict=True)]
+    )
+    axes.set_xlabel("prediction")
+    axes.set_ylabel("truth (number of points)")
+    axes.set_xticks(np.arange(num_classes + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(num_classes + 1) - 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=1)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+    if num_classes <= _MOST_COUNTS:
+        for row, column in zip(*np.nonzero(counts), strict=True):
+            percent = f"{100 * share[row, column]:.1f} %" if share[row, column] >= 0.0005 else "< 0.1 %"
+            ink = "white" if share[row, column] > 0.55 else "#20303c"
+            text = f"{percent}\n{_short(counts[row, column])}"
+            axes.text(column, row, text, ha="center", va="center", fontsize=7, color=ink)
+    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
+    bar.set_label("share of the true class")
+    bar.outline.set_visible(False)
+    accuracy = np.trace(counts) / max(counts.sum(), 1)
+    axes.set_title(f"{100 * accuracy:.1f} % of {_short(counts.sum())} points right", fontsize=11, loc="left")
+    return _save(figure, path)
+
+
+def save_triptych(
+    path: str | Path,
+    points: Points,
+    truth: Tensor | NDArray | None,
+    prediction: Tensor | NDArray,
+    palette: Palette | None = None,
+    class_names: Sequence[str] | None = None,
+) -> Path:
+    """Write one cloud as input | truth | prediction | wrong points, seen from one camera, with a legend of its classes.
+
+    Args:
+        points: the cloud; the input panel shows its colour, strength or height.
+        truth: ``(N,)`` class ids, negative where unlabelled; None leaves out the truth and the wrong points.
+        prediction: ``(N,)`` class ids.
+
+    Raises:
+        InputError: if matplotlib is missing or the file cannot be written.
+    """
+    predicted = np.asarray(prediction).astype(np.int64)
+    actual = None if truth is None else np.asarray(truth).astype(np.int64)
+    highest = max(int(predicted.max(initial=0)), -1 if actual is None else int(actual.max(initial=0)))
+    names = list(class_names or []) or [str(i) for i in range(highest + 1)]
+    colors = list(palette or distinct_palette(len(names)))
+    input_colors = point_colors(points.without_attrs("segment"), "auto")
+    panels = [("input", input_colors), ("prediction", label_colors(predicted, colors))]
+    if actual is not None:
+        panels.insert(1, ("truth", label_colors(actual, colors)))
+        panels.append(_errors(actual, predicted))
+    raster = rasterize(points, (920, 800), choose_view(points, aspect=1.15))
+    pictures = _crop([raster.paint(color) for _, color in panels])
+    height, width, _ = pictures[0].shape
+    figure = _figure(5.2 * len(panels), 5.2 * height / width + 1.5, path)
+    for i, ((title, _), picture) in enumerate(zip(panels, pictures, strict=True)):
+        axes = figure.add_subplot(1, len(panels), i + 1)
+        axes.imshow(picture)
+        axes.set_title(title, fontsize=14)
+        axes.set_axis_off()
+    present = [predicted] if actual is None else [predicted, actual]
+    figure.suptitle(
+        f"{points.describe().rsplit('/', 1)[-1]}   {_short(len(predicted))} points",
+        fontsize=12,
+        color="#56626c",
+        x=0.012,
+        ha="left",
+    )
+    _legend(figure, np.unique(np.concatenate(present)), names, colors)
+    return _save(figure, path)
+
+
+def _crop(pictures: list[NDArray]) -> list[NDArray]:
+    """The pictures without the empty lines above and below what they show (one camera: the same for all)."""
+    used = np.flatnonzero(np.any([(picture < 255).any((1, 2)) for picture in pictures], axis=0))
+    if len(used) == 0:
+        return pictures
+    top, bottom = max(int(used[0]) - 8, 0), int(used[-1]) + 9
+    return [picture[top:bottom] for picture in pictures]
+
+
+def _errors(truth: NDArray, prediction: NDArray) -> tuple[str, NDArray]:
+    labelled = truth >= 0
+    wrong = labelled & (truth != prediction)
+    table = np.array([RIGHT, WRONG, UNLABELLED], np.uint8)
+    percent = 100 * wrong.sum() / max(labelled.sum(), 1)
+    return f"wrong points ({percent:.1f} %)", table[np.where(labelled, wrong.astype(int), 2)]
+
+
+def _legend(figure: Figure, ids: NDArray, names: Sequence[str], colors: Palette) -> None:
+    from matplotlib.patches import Patch
+
+    entries = [(names[i] if i < len(names) else str(i), label_colors(np.array([i]), colors)[0]) for i in ids if i >= 0]
+    if (ids < 0).any():
+        entries.append(("unlabelled", np.array(UNLABELLED)))
+    handles = [Patch(color=tuple(color / 255), label=name) for name, color in entries]
+    columns = math.ceil(len(handles) / math.ceil(len(handles) / 12)) if handles else 1
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=12)
+
+
+def _short(count: Any) -> str:
+    """A count in at most five characters: 950, 12.3k, 4.56M."""
+    number = int(count)
+    if number < 10_000:
+        return str(number)
+    return f"{number / 1e3:.3g}k" if number < 999_500 else f"{number / 1e6:.3g}M"
+
+
+def _figure(width: float, height: float, path: str | Path) -> Figure:
+    """An empty figure; no pyplot, so no display, no global state, and it works in any thread."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+    except ImportError as error:
+        raise InputError(f"{path}: pictures with text need matplotlib: pip install pc3d[plots]") from error
+    figure = Figure(
+        figsize=(width, height), dpi=110, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12), facecolor="white"
+    )
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: str | Path) -> Path:
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(temporary, format=path.suffix[1:] or "png")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+    return path
