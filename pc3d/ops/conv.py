@@ -34,7 +34,7 @@ def sparse_conv(feat: Tensor, weight: Tensor, kmap: KernelMap, bias: Tensor | No
         ``(num_out, Cout)`` in the dtype of ``feat``; a row without pairs holds the bias.
 
     Raises:
-        ValueError: if shapes do not fit the map.
+        ValueError: if shapes do not fit the map, or dtypes each other.
     """
     if feat.ndim != 2 or weight.ndim != 3 or feat.shape[1] != weight.shape[1]:
         raise ValueError(f"feat {tuple(feat.shape)} does not fit weight (K, Cin, Cout) = {tuple(weight.shape)}")
@@ -44,9 +44,11 @@ def sparse_conv(feat: Tensor, weight: Tensor, kmap: KernelMap, bias: Tensor | No
             f"the kernel map has {kmap.num_in} and {kmap.kernel_volume}"
         )
     device = feat.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else feat.dtype
-    feat, weight = feat.to(dtype), weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
+    if torch.is_autocast_enabled(device) and feat.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        feat, weight, bias = feat.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if feat.dtype != weight.dtype:
+        raise ValueError(f"feat is {feat.dtype}, weight {weight.dtype}: cast one of them, or use autocast")
     return _sparse_conv(feat, weight, bias, kmap.in_rows, kmap.out_rows, kmap.offsets, kmap.num_out)
 
 
