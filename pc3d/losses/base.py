@@ -12,7 +12,7 @@ from pc3d.errors import InputError
 
 
 class Loss(nn.Module, Configurable, ABC):
-    """``loss_weight`` times a scalar made of logits and classes, in float32; 0 with zero gradient if every point is ignored.
+    """``loss_weight`` times a scalar of logits and classes, in float32; 0 with zero gradient if every point is ignored.
 
     Args:
         loss_weight: factor on the result.
@@ -33,7 +33,7 @@ class Loss(nn.Module, Configurable, ABC):
 
         Raises:
             ValueError: if the shapes do not fit.
-            InputError: if a class is outside ``0 .. K - 1`` (checked on the CPU only: on a GPU the check would wait for it).
+            InputError: if a class is outside ``0 .. K - 1`` (checked on the CPU only: a GPU check would wait for it).
         """
         if logits.ndim != 2 or target.shape != logits.shape[:1]:
             raise ValueError(

@@ -1,16 +1,51 @@
 """Transforms: ``Points`` in, ``Points`` out; augmentation, sampling and feature assembly."""
 
-from pc3d.data.transforms.attributes import AssembleFeatures, ScaleAttribute
+from pc3d.data.transforms.attributes import (
+    AssembleFeatures,
+    EstimateNormals,
+    HeightAboveGround,
+    LocalGeometry,
+    ScaleAttribute,
+)
 from pc3d.data.transforms.base import CloudTransform, Compose, Transform
+from pc3d.data.transforms.color import ChromaticAutoContrast, ChromaticJitter, ChromaticTranslation, NormalizeColor
+from pc3d.data.transforms.geometric import (
+    CenterShift,
+    ElasticDistortion,
+    PointClip,
+    RandomFlip,
+    RandomJitter,
+    RandomRotate,
+    RandomRotateTargetAngle,
+    RandomScale,
+)
+from pc3d.data.transforms.presets import IndoorAugment, OutdoorAugment
 from pc3d.data.transforms.sampling import CropBox, GridSample, RandomDropout, ShufflePoints, SphereCrop
 
 __all__ = [
     "AssembleFeatures",
+    "CenterShift",
+    "ChromaticAutoContrast",
+    "ChromaticJitter",
+    "ChromaticTranslation",
     "CloudTransform",
     "Compose",
     "CropBox",
+    "ElasticDistortion",
+    "EstimateNormals",
     "GridSample",
+    "HeightAboveGround",
+    "IndoorAugment",
+    "LocalGeometry",
+    "NormalizeColor",
+    "OutdoorAugment",
+    "PointClip",
     "RandomDropout",
+    "RandomFlip",
+    "RandomJitter",
+    "RandomRotate",
+    "RandomRotateTargetAngle",
+    "RandomScale",
     "ScaleAttribute",
     "ShufflePoints",
     "SphereCrop",

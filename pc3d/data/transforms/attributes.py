@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-from pc3d.data.transforms.base import Transform
+from pc3d.data.transforms.base import CloudTransform, Transform
 from pc3d.errors import InputError
 from pc3d.points import Points
 
+GeometryFeature = Literal["normal", "linearity", "planarity", "sphericity", "verticality"]
+
+MAX_GROUND_CELLS = 1 << 26
+"""Largest ground grid of :class:`HeightAboveGround` (8 x 8 km at 1 m)."""
+
+_EIGEN_CHUNK = 1 << 17  # points whose neighbourhoods are decomposed at once: about 100 MB of scratch memory
 _WIDTHS = {"coord": 3, "color": 3, "normal": 3}
 
 
@@ -17,7 +27,7 @@ class AssembleFeatures(Transform):
     """Concatenate named attributes into ``feat`` (N, channels) float32, in the order given.
 
     Args:
-        features: attribute names; ``coord`` is one too. ``coord``, ``color`` and ``normal`` count 3 channels, others 1.
+        features: attribute names; ``coord`` is one too. ``coord``, ``color`` and ``normal`` have 3 channels, others 1.
 
     Raises:
         InputError: if an attribute is missing or has another width.
@@ -40,9 +50,8 @@ class AssembleFeatures(Transform):
             column = value[:, None] if value.ndim == 1 else value
             width = _WIDTHS.get(name, 1)
             if column.ndim != 2 or column.shape[1] != width:
-                raise InputError(
-                    f"{points.describe()}: field '{name}' has shape {tuple(value.shape)}, a feature needs (N, {width})"
-                )
+                shape = tuple(value.shape)
+                raise InputError(f"{points.describe()}: field '{name}' has shape {shape}, a feature needs (N, {width})")
             columns.append(column)
         return points.with_attrs(feat=torch.cat(columns, dim=1))
 
@@ -64,3 +73,141 @@ class ScaleAttribute(Transform):
     def __call__(self, points: Points, generator: torch.Generator | None = None) -> Points:
         scaled = points.get(self.name).float() * self.scale + self.offset
         return points.with_attrs(**{self.output or self.name: scaled})
+
+
+class HeightAboveGround(CloudTransform):
+    """Height over the terrain in metres, ``output`` (N,) float32, >= 0: for airborne and terrestrial laser scans.
+
+    The lowest point of every ``cell`` x ``cell`` column is opened with a square of ``window`` metres (erosion, then
+    dilation): whatever is narrower than the window stands on the ground, sloping ground keeps its slope. Zhang et
+    al., "A progressive morphological filter for removing nonground measurements from airborne LIDAR data", TGRS
+    2003, with one window.
+
+    Args:
+        cell: edge of a ground cell in metres; on a slope heights are off by up to slope * cell.
+        window: widest object that is not ground, in metres; larger than the largest building, smaller than a hill.
+        output: name of the attribute.
+
+    Raises:
+        InputError: when called, if the ground grid would have more than ``MAX_GROUND_CELLS`` cells.
+    """
+
+    def __init__(self, cell: float = 1.0, window: float = 40.0, output: str = "height") -> None:
+        if not (cell > 0 and window > 0):
+            raise InputError(f"HeightAboveGround needs positive cell and window, got cell={cell}, window={window}")
+        self.cell = cell
+        self.window = window
+        self.output = output
+
+    def apply(self, cloud: Points, generator: torch.Generator | None) -> Points:
+        z = cloud.coord[:, 2].float()
+        if cloud.num_points == 0:
+            return cloud.with_attrs(**{self.output: z})
+        column = torch.floor((cloud.coord[:, :2] - cloud.coord[:, :2].amin(0)) / self.cell).long()
+        nx, ny = (column.amax(0) + 1).tolist()
+        if nx * ny > MAX_GROUND_CELLS:
+            raise InputError(
+                f"{cloud.describe()}: HeightAboveGround with cell {self.cell} m needs {nx} x {ny} ground cells, "
+                f"the limit is {MAX_GROUND_CELLS}; use a larger cell or remove stray points"
+            )
+        cells = column[:, 0] * ny + column[:, 1]
+        lowest = torch.full((nx * ny,), math.inf, device=z.device).scatter_reduce(0, cells, z, "amin")
+        ground = _open(lowest.view(nx, ny), radius=max(1, round(self.window / self.cell / 2)))
+        return cloud.with_attrs(**{self.output: z - ground.view(-1)[cells]})
+
+
+def _open(heights: Tensor, radius: int) -> Tensor:
+    """Morphological opening of an ``(X, Y)`` grid with a square of ``2 radius + 1`` cells; +inf is an empty cell."""
+    eroded = -_window_max(-heights, radius)
+    return _window_max(torch.where(eroded.isinf(), -math.inf, eroded), radius)
+
+
+def _window_max(heights: Tensor, radius: int) -> Tensor:
+    size = 2 * radius + 1
+    rows = F.max_pool2d(heights[None, None], (size, 1), stride=1, padding=(radius, 0))
+    return F.max_pool2d(rows, (1, size), stride=1, padding=(0, radius))[0, 0]
+
+
+class EstimateNormals(CloudTransform):
+    """``normal`` (N, 3): direction of least spread of each point's ``k`` nearest neighbours, turned up (z >= 0).
+
+    The neighbour search runs on the CPU whatever the device of the points.
+    """
+
+    def __init__(self, k: int = 16) -> None:
+        self.k = _check_neighbours(k)
+
+    def apply(self, cloud: Points, generator: torch.Generator | None) -> Points:
+        return cloud.with_attrs(normal=local_geometry(cloud.coord, self.k)["normal"])
+
+
+class LocalGeometry(CloudTransform):
+    """Shape of the ``k`` nearest neighbours of each point, by the eigenvalues l1 >= l2 >= l3 of their covariance.
+
+    ``linearity`` (l1 - l2) / l1, ``planarity`` (l2 - l3) / l1, ``sphericity`` l3 / l1 and ``verticality`` 1 -
+    |normal z|, each (N,) float32 in 0..1; ``normal`` as :class:`EstimateNormals`. Where all neighbours coincide all
+    shapes are 0. Weinmann et al., "Semantic point cloud interpretation based on optimal neighborhoods, relevant
+    features and efficient classifiers", ISPRS 2015. The neighbour search runs on the CPU whatever the device of the
+    points.
+
+    Args:
+        k: neighbours, the point itself included.
+        features: which attributes to add.
+    """
+
+    def __init__(
+        self,
+        k: int = 16,
+        features: Sequence[GeometryFeature] = ("linearity", "planarity", "sphericity", "verticality"),
+    ) -> None:
+        self.k = _check_neighbours(k)
+        self.features = list(features)
+        unknown = set(self.features) - set(get_args(GeometryFeature))
+        if unknown:
+            raise InputError(
+                f"LocalGeometry has no feature {sorted(unknown)}; it has {list(get_args(GeometryFeature))}"
+            )
+
+    def apply(self, cloud: Points, generator: torch.Generator | None) -> Points:
+        geometry = local_geometry(cloud.coord, self.k)
+        return cloud.with_attrs(**{name: geometry[name] for name in self.features})
+
+
+def _check_neighbours(k: int) -> int:
+    if k < 3:
+        raise InputError(f"k is {k}: a normal needs at least 3 neighbours, the point itself included")
+    return k
+
+
+def local_geometry(coord: Tensor, k: int) -> dict[str, Tensor]:
+    """All features of :class:`LocalGeometry` of ``(N, 3)`` coordinates, float32 on the device of ``coord``."""
+    values, vectors = _neighbourhood_eigen(coord.detach().cpu().double(), k)
+    smallest, middle, largest = values.clamp(min=0).unbind(1)
+    scale = torch.where(largest > 0, largest, 1)
+    normal = vectors * torch.where(vectors[:, 2:] < 0, -1, 1)
+    features = {
+        "normal": normal,
+        "linearity": (largest - middle) / scale,
+        "planarity": (middle - smallest) / scale,
+        "sphericity": smallest / scale,
+        "verticality": 1 - normal[:, 2].clamp(max=1),
+    }
+    return {name: value.float().to(coord.device) for name, value in features.items()}
+
+
+def _neighbourhood_eigen(coord: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Ascending eigenvalues (N, 3), and eigenvector of the smallest (N, 3), of the covariance of ``k`` neighbours."""
+    from scipy.spatial import cKDTree
+
+    values, vectors = torch.empty_like(coord), torch.empty_like(coord)
+    if len(coord) == 0:
+        return values, vectors
+    tree = cKDTree(coord.numpy())
+    for start in range(0, len(coord), _EIGEN_CHUNK):
+        rows = slice(start, start + _EIGEN_CHUNK)
+        _, neighbours = tree.query(coord[rows].numpy(), k=min(k, len(coord)))
+        around = coord[torch.from_numpy(neighbours).view(len(coord[rows]), -1)]
+        around = around - around.mean(1, keepdim=True)
+        eigen = torch.linalg.eigh(around.mT @ around / around.shape[1])
+        values[rows], vectors[rows] = eigen.eigenvalues, eigen.eigenvectors[:, :, 0]
+    return values, vectors

@@ -15,10 +15,11 @@ from pc3d.points import Points
 class Transform(Configurable, ABC):
     """Maps a packed batch of clouds to a packed batch; CPU and CUDA tensors alike, empty clouds allowed.
 
-    A transform never writes into the tensors it is given. Random numbers come from ``generator`` (a CPU generator; None is
-    torch's default one) and are drawn on the CPU, so one seed gives the same augmentation on every device.
+    A transform never writes into the tensors it is given. Random numbers come from ``generator`` (a CPU generator;
+    None is torch's default one) and are drawn on the CPU, so one seed gives the same augmentation on every device.
 
-    ``meta[i]["origin"]`` follows ``CenterShift`` only: a rotated, scaled or jittered cloud is no longer georeferenced.
+    ``meta[i]["origin"]`` follows ``CenterShift`` only: a rotated, scaled or jittered cloud is no longer
+    georeferenced.
     """
 
     @abstractmethod

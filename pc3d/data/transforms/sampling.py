@@ -24,14 +24,18 @@ _FNV_PRIME = 1099511628211
 class GridSample(Transform):
     """Keep one point per cell of a cubic grid, ``floor(coord / size)``.
 
-    Sets ``grid_coord`` (N, 3) int32, counted from each cloud's lowest cell. The points come out in the order of their cells.
+    Sets ``grid_coord`` (N, 3) int32, counted from each cloud's lowest cell. The points come out in the order of their
+    cells.
 
     Args:
         size: edge of a cell in metres.
-        pick: which point stands for a cell: a ``random`` one, the ``first`` row, or the one nearest to the cell's ``center``.
-        inverse: keep the clouds before sampling as ``source``, with ``attrs["inverse"]`` (point -> row of the sampled cloud).
-        key_order: ``"raster"`` orders the cells by (x, y, z) and draws members evenly. ``"fnv"`` is the published protocol:
-            cells by their 64-bit FNV-1 hash, member ``U{0, ..., max count - 1} mod count`` (slightly uneven).
+        pick: which point stands for a cell: a ``random`` one, the ``first`` row, or the one nearest to the cell's
+            ``center``.
+        inverse: keep the clouds before sampling as ``source``, with ``attrs["inverse"]`` (point -> row of the sampled
+            cloud).
+        key_order: ``"raster"`` orders the cells by (x, y, z) and draws members evenly. ``"fnv"`` is the published
+            protocol of Pointcept: cells by their 64-bit FNV-1 hash, member ``U{0, ..., max count - 1} mod count``
+            (slightly uneven).
     """
 
     def __init__(
@@ -54,9 +58,9 @@ class GridSample(Transform):
     def fragments(self, points: Points) -> Iterator[Points]:
         """Every point of one cloud, in as few one-point-per-cell samples as possible, made one at a time.
 
-        Fragment ``f`` holds member ``f mod count`` of each cell, so a point of a sparse cell comes back in several fragments.
-        All fragments have the same ``grid_coord``. ``attrs["index"]`` is the row of each point in ``points`` (an ``index``
-        that ``points`` already carries is kept).
+        Fragment ``f`` holds member ``f mod count`` of each cell, so a point of a sparse cell comes back in several
+        fragments. All fragments have the same ``grid_coord``. ``attrs["index"]`` is the row of each point in
+        ``points`` (an ``index`` that ``points`` already carries is kept).
 
         Raises:
             ValueError: for a batch of several clouds.
@@ -147,17 +151,16 @@ class SphereCrop(CloudTransform):
         self.rate = rate
 
     def apply(self, cloud: Points, generator: torch.Generator | None) -> Points:
-        keep = int(self.rate * cloud.num_points) if self.rate is not None else self.max_points
-        assert keep is not None
+        keep = self.max_points if self.max_points is not None else int(cloud.num_points * (self.rate or 0))
         if cloud.num_points <= keep:
             return cloud
-        center = cloud.coord[torch.randint(cloud.num_points, (1,), generator=generator).item()]
+        center = cloud.coord[int(torch.randint(cloud.num_points, (1,), generator=generator))]
         distance = (cloud.coord - center).square().sum(1)
         return cloud.select(torch.argsort(distance, stable=True)[:keep])
 
 
 class RandomDropout(CloudTransform):
-    """With probability ``p`` keep only ``int(n * (1 - ratio))`` random points of a cloud; the kept ones stay in order."""
+    """With probability ``p`` keep only ``int(n * (1 - ratio))`` random points of a cloud, in their order."""
 
     def __init__(self, ratio: float = 0.2, p: float = 0.2) -> None:
         self.ratio = ratio

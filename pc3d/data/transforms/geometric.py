@@ -1,0 +1,228 @@
+"""Transforms that move points. Normals turn and mirror with them; all other attributes stay with their point."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pc3d.data.transforms.base import CloudTransform, Transform, chance, normal_like, uniform
+from pc3d.data.transforms.sampling import check_range
+from pc3d.errors import InputError
+from pc3d.points import Points
+
+Axis = Literal["x", "y", "z"]
+
+MAX_NOISE_NODES = 1 << 26
+"""Largest noise grid of :class:`ElasticDistortion`, in nodes (800 MB of noise)."""
+
+
+class CenterShift(CloudTransform):
+    """Put the middle of a cloud's box at x = y = 0 and its lowest point at z = 0; ``origin`` in meta moves along.
+
+    Args:
+        apply_z: shift z too.
+    """
+
+    def __init__(self, apply_z: bool = True) -> None:
+        self.apply_z = apply_z
+
+    def apply(self, cloud: Points, generator: torch.Generator | None) -> Points:
+        if cloud.num_points == 0:
+            return cloud
+        low, high = cloud.coord.amin(0), cloud.coord.amax(0)
+        shift = (low + high) / 2
+        shift[2] = low[2] if self.apply_z else 0
+        return cloud.replace(coord=cloud.coord - shift, meta=[_moved_origin(cloud.meta[0], shift)])
+
+
+def _moved_origin(meta: dict[str, Any], shift: Tensor) -> dict[str, Any]:
+    origin = meta.get("origin", (0.0, 0.0, 0.0))
+    return {**meta, "origin": tuple(o + s for o, s in zip(origin, shift.tolist(), strict=True))}
+
+
+class RandomRotate(CloudTransform):
+    """With probability ``p`` rotate a cloud by an angle from U(angle) about one axis.
+
+    Args:
+        angle: lowest and highest angle in units of pi.
+        axis: axis of rotation, counter-clockwise seen from its positive end.
+        center: point on the axis in metres; None is the middle of the cloud's bounding box.
+    """
+
+    def __init__(
+        self,
+        angle: Sequence[float] = (-1.0, 1.0),
+        axis: Axis = "z",
+        center: Sequence[float] | None = None,
+        p: float = 0.5,
+    ) -> None:
+        self.angle = angle
+        self.axis: Axis = axis
+        self.center = center
+        self.p = p
+
+    def apply(self, cloud: Points, generator: torch.Generator | None) -> Points:
+        if not chance(self.p, generator):
+            return cloud
+        angle = uniform(self.angle[0], self.angle[1], generator) * math.pi
+        return rotate(cloud, rotation_matrix(angle, self.axis), self.center)
+
+
+class RandomRotateTargetAngle(CloudTransform):
+    """With probability ``p`` rotate a cloud by one of the given angles; for test-time augmentation, ``p=1``.
+
+    Args:
+        angle: the angles to choose from, in units of pi.
+        axis: axis of rotation.
+        center: point on the axis in metres; None is the middle of the cloud's bounding box.
+    """
+
+    def __init__(
+        self,
+        angle: Sequence[float] = (0.5, 1.0, 1.5),
+        axis: Axis = "z",
+        center: Sequence[float] | None = None,
+        p: float = 0.75,
+    ) -> None:
+        self.angle = angle
+        self.axis: Axis = axis
+        self.center = center
+        self.p = p
+
+    def apply(self, cloud: Points, generator: torch.Generator | None) -> Points:
+        if not chance(self.p, generator):
+            return cloud
+        choice = int(torch.randint(len(self.angle), (1,), generator=generator))
+        return rotate(cloud, rotation_matrix(self.angle[choice] * math.pi, self.axis), self.center)
+
+
+def rotation_matrix(angle: float, axis: Axis) -> Tensor:
+    """``(3, 3)`` float64 rotation by ``angle`` radians, counter-clockwise seen from the positive end of the axis."""
+    cos, sin = math.cos(angle), math.sin(angle)
+    first, second = {"x": (1, 2), "y": (2, 0), "z": (0, 1)}[axis]
+    matrix = torch.eye(3, dtype=torch.float64)
+    matrix[first, first] = matrix[second, second] = cos
+    matrix[first, second], matrix[second, first] = -sin, sin
+    return matrix
+
+
+def rotate(cloud: Points, matrix: Tensor, center: Sequence[float] | None = None) -> Points:
+    """Turn the coordinates of a cloud about ``center`` (None: middle of its box), and its normals if there."""
+    if cloud.num_points == 0:
+        return cloud
+    coord = cloud.coord
+    pivot = (coord.amin(0) + coord.amax(0)) / 2 if center is None else coord.new_tensor(list(center))
+    turned = cloud.with_attrs(coord=(coord - pivot) @ matrix.to(coord).T + pivot)
+    if "normal" not in cloud:
+        return turned
+    normal = cloud.get("normal")
+    return turned.with_attrs(normal=normal @ matrix.to(normal).T)
+
+
+class RandomScale(CloudTransform):
+    """Scale a cloud about the coordinate origin by one factor from U(scale)."""
+
+    def __init__(self, scale: Sequence[float] = (0.9, 1.1)) -> None:
+        self.scale = scale
+
+    def apply(self, cloud: Points, generator: torch.Generator | None) -> Points:
+        return cloud.with_attrs(coord=cloud.coord * uniform(self.scale[0], self.scale[1], generator))
+
+
+class RandomFlip(CloudTransform):
+    """With probability ``p`` mirror x, then with probability ``p`` mirror y, of coordinates and normals."""
+
+    def __init__(self, p: float = 0.5) -> None:
+        self.p = p
+
+    def apply(self, cloud: Points, generator: torch.Generator | None) -> Points:
+        signs = [-1.0 if chance(self.p, generator) else 1.0 for _ in "xy"]
+        factor = cloud.coord.new_tensor([*signs, 1.0])
+        mirrored = {name: cloud.get(name) * factor for name in ("coord", "normal") if name in cloud}
+        return cloud.with_attrs(**mirrored)
+
+
+class RandomJitter(CloudTransform):
+    """Add noise N(0, sigma) to every coordinate, clipped to +-``clip`` (metres)."""
+
+    def __init__(self, sigma: float = 0.005, clip: float = 0.02) -> None:
+        self.sigma = sigma
+        self.clip = clip
+
+    def apply(self, cloud: Points, generator: torch.Generator | None) -> Points:
+        noise = (normal_like(cloud.coord, generator) * self.sigma).clamp(-self.clip, self.clip)
+        return cloud.with_attrs(coord=cloud.coord + noise)
+
+
+class ElasticDistortion(CloudTransform):
+    """With probability ``p`` bend a cloud by smooth random noise, once per (granularity, magnitude), in order.
+
+    A grid of N(0, 1) vectors with nodes ``granularity`` metres apart covers the cloud; it is smoothed by two passes
+    of a 3-box along each axis (zeros outside) and interpolated trilinearly at the points, which move by
+    ``magnitude`` times the result.
+
+    Args:
+        distortion: (granularity in metres, magnitude in metres) pairs.
+
+    Raises:
+        InputError: when called, if a noise grid would be larger than ``MAX_NOISE_NODES``.
+    """
+
+    def __init__(self, distortion: Sequence[Sequence[float]] = ((0.2, 0.4), (0.8, 1.6)), p: float = 0.95) -> None:
+        self.distortion = distortion
+        self.p = p
+
+    def apply(self, cloud: Points, generator: torch.Generator | None) -> Points:
+        if cloud.num_points == 0 or not chance(self.p, generator):
+            return cloud
+        coord = cloud.coord
+        for granularity, magnitude in self.distortion:
+            dims = self._noise_dims(cloud, coord, granularity)
+            noise = torch.randn(3, *dims, generator=generator).to(coord)
+            coord = coord + magnitude * interpolate(smooth(noise), (coord - coord.amin(0)) / granularity + 1)
+        return cloud.with_attrs(coord=coord)
+
+    def _noise_dims(self, cloud: Points, coord: Tensor, granularity: float) -> list[int]:
+        extent = coord.amax(0) - coord.amin(0)
+        dims = [int(d) for d in (torch.floor(extent / granularity) + 3).tolist()]
+        if math.prod(dims) > MAX_NOISE_NODES:
+            raise InputError(
+                f"{cloud.describe()}: elastic distortion with granularity {granularity} m needs a noise grid of "
+                f"{' x '.join(map(str, dims))} nodes; use a larger granularity or remove stray points"
+            )
+        return dims
+
+
+def smooth(noise: Tensor) -> Tensor:
+    """Two passes of a separable 3-box blur with zeros outside, of ``(3, X, Y, Z)`` noise."""
+    for _ in range(2):
+        noise = F.avg_pool3d(noise, kernel_size=3, stride=1, padding=1, count_include_pad=True)
+    return noise
+
+
+def interpolate(noise: Tensor, position: Tensor) -> Tensor:
+    """``(N, 3)``: ``(3, X, Y, Z)`` noise at ``(N, 3)`` positions counted in nodes, trilinear."""
+    last_node = torch.tensor(noise.shape[1:], device=noise.device) - 1
+    normalised = (2 * position / last_node - 1).flip(-1)  # grid_sample wants the last axis first
+    sampled = F.grid_sample(noise[None], normalised.view(1, 1, 1, -1, 3), align_corners=True)
+    return sampled.view(3, -1).T
+
+
+class PointClip(Transform):
+    """Clamp coordinates to a box: outliers are moved to its faces, as published (``CropBox`` removes them).
+
+    Args:
+        point_range: ``(xmin, ymin, zmin, xmax, ymax, zmax)`` in metres.
+    """
+
+    def __init__(self, point_range: Sequence[float] = (-80.0, -80.0, -3.0, 80.0, 80.0, 1.0)) -> None:
+        self.point_range = check_range(point_range)
+
+    def __call__(self, points: Points, generator: torch.Generator | None = None) -> Points:
+        low, high = (points.coord.new_tensor(corner) for corner in (self.point_range[:3], self.point_range[3:]))
+        return points.with_attrs(coord=points.coord.clamp(low, high))
