@@ -1,0 +1,174 @@
+"""SparseUNet: the residual sparse-convolution U-Net of Pointcept (SpUNet-v1m1), with the topology of MinkUNet34C.
+
+Choy et al. 2019, "4D Spatio-Temporal ConvNets" (arXiv 1904.08755); Pointcept, ``SpUNet-v1m1`` on spconv 2.x. Modules
+carry the names of the published checkpoints; :mod:`pc3d.models.convert.spunet` reads and writes them.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pc3d.errors import InputError
+from pc3d.nn import Backbone, FeatureInfo
+from pc3d.points import Points
+from pc3d.sparse import (
+    SparseConv3d,
+    SparseConvolution,
+    SparseGlobalPool,
+    SparseInverseConv3d,
+    SparseModule,
+    SparseSequential,
+    SubMConv3d,
+)
+from pc3d.voxels import Voxels
+
+
+class VoxelBatchNorm(nn.BatchNorm1d):
+    """Batch normalisation over voxels, with the published constants.
+
+    Raises:
+        InputError: in training mode with fewer than two voxels, which have no variance.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=1e-3, momentum=0.01)
+
+    def forward(self, feat: Tensor) -> Tensor:
+        if self.training and len(feat) < 2:
+            raise InputError(
+                f"SparseUNet cannot train on a batch with {len(feat)} voxels in a stage: batch normalisation needs "
+                "two; use larger crops, a larger batch or a smaller grid size"
+            )
+        return super().forward(feat)
+
+
+class BasicBlock(SparseModule):
+    """``ReLU(BN(conv(ReLU(BN(conv(x))))) + P(x))`` with 3^3 submanifold convolutions.
+
+    ``P`` is the identity, or a 1^3 convolution with BN where the width changes.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.proj = SparseSequential()
+        if in_channels != out_channels:
+            self.proj.extend([SubMConv3d(in_channels, out_channels, 1, bias=False), VoxelBatchNorm(out_channels)])
+        self.conv1 = SubMConv3d(in_channels, out_channels, 3, bias=False)
+        self.bn1 = VoxelBatchNorm(out_channels)
+        self.conv2 = SubMConv3d(out_channels, out_channels, 3, bias=False)
+        self.bn2 = VoxelBatchNorm(out_channels)
+        self.relu = nn.ReLU()
+
+    def forward(self, voxels: Voxels) -> Voxels:
+        out = self.conv1(voxels)
+        out = self.conv2(out.with_feat(self.relu(self.bn1(out.feat))))
+        return out.with_feat(self.relu(self.bn2(out.feat) + self.proj(voxels).feat))
+
+
+class SparseUNet(Backbone):
+    """Sparse U-Net with residual blocks, stride 2 per stage.
+
+    Args:
+        in_channels: width of ``points.attrs["feat"]``.
+        base_channels: width of the 5^3 stem.
+        channels: widths of the S encoder stages, then of the S decoder stages from coarse to fine.
+        layers: residual blocks of the same stages.
+        enc_mode: no decoder; ``forward`` returns the mean of the deepest features, one row per cloud.
+
+    With the defaults and a linear head this is the published network: 39,157,844 parameters for 6 input channels and 20
+    classes. :meth:`small` trains on a CPU.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        base_channels: int = 32,
+        channels: Sequence[int] = (32, 64, 128, 256, 256, 128, 96, 96),
+        layers: Sequence[int] = (2, 3, 4, 6, 2, 2, 2, 2),
+        enc_mode: bool = False,
+    ) -> None:
+        super().__init__()
+        if len(channels) != len(layers) or len(layers) % 2 or not layers:
+            raise InputError(
+                f"SparseUNet: channels {tuple(channels)} and layers {tuple(layers)} must have the same, even length: "
+                "encoder stages, then as many decoder stages"
+            )
+        stages = len(layers) // 2
+        self.in_channels = in_channels
+        self.enc_mode = enc_mode
+        self.out_channels = channels[stages - 1] if enc_mode else channels[-1]
+        self.conv_input = _conv_norm_relu(SubMConv3d(in_channels, base_channels, 5, bias=False))
+
+        widths = [base_channels, *channels[:stages]]
+        self.down, self.enc = nn.ModuleList(), nn.ModuleList()
+        for s in range(stages):
+            self.down.append(_conv_norm_relu(SparseConv3d(widths[s], widths[s + 1], 2, stride=2, bias=False)))
+            self.enc.append(_blocks(widths[s + 1], widths[s + 1], layers[s]))
+
+        # Decoder stages are numbered by resolution, 0 the finest, as in the published checkpoints.
+        self.up, self.dec = nn.ModuleList(), nn.ModuleList()
+        decoder = [*channels[: stages - 1 : -1], widths[-1]]
+        for s in range(0 if enc_mode else stages):
+            self.up.append(_conv_norm_relu(SparseInverseConv3d(decoder[s + 1], decoder[s], 2, bias=False)))
+            self.dec.append(_blocks(decoder[s] + widths[s], decoder[s], layers[-1 - s]))
+
+        self.pool = SparseGlobalPool("mean") if enc_mode else None
+        self.feature_info = [FeatureInfo("conv_input", base_channels, 1)]
+        self.feature_info += [FeatureInfo(f"enc{s}", channels[s], 2 ** (s + 1)) for s in range(stages)]
+        self.feature_info += [FeatureInfo(f"dec{s}", decoder[s], 2**s) for s in reversed(range(len(self.dec)))]
+        self.apply(_init_weights)
+
+    @classmethod
+    def small(cls, in_channels: int) -> SparseUNet:
+        """A small variant for CPUs and small data: half the widths or fewer, one block per stage, 4 stages."""
+        return cls(in_channels, base_channels=16, channels=(16, 32, 64, 96, 64, 48, 32, 32), layers=(1,) * 8)
+
+    def forward(self, points: Points) -> Tensor:
+        """Features ``(N, out_channels)`` in input order, or ``(B, out_channels)`` in ``enc_mode``.
+
+        Args:
+            points: clouds with ``feat`` ``(N, in_channels)`` and ``grid_coord`` ``(N, 3)``, as grid sampling leaves it.
+
+        Raises:
+            InputError: if a field is missing, ``feat`` has another width, or there are too few points to train on.
+        """
+        for _, voxels in self._stages(points):
+            last = voxels
+        return last.to_points() if self.pool is None else self.pool(last)
+
+    def forward_features(self, points: Points) -> dict[str, Voxels]:
+        """The voxels after the stem, every encoder and every decoder stage, by the names of ``feature_info``."""
+        return dict(self._stages(points))
+
+    def _stages(self, points: Points) -> Iterator[tuple[str, Voxels]]:
+        self.check_input(points)
+        voxels = self.conv_input(points.voxels())
+        yield "conv_input", voxels
+        skips = []
+        for s, (down, enc) in enumerate(zip(self.down, self.enc, strict=True)):
+            skips.append(voxels)
+            voxels = enc(down(voxels))
+            yield f"enc{s}", voxels
+        for s in reversed(range(len(self.dec))):
+            voxels = self.up[s](voxels)
+            voxels = self.dec[s](voxels.with_feat(torch.cat([voxels.feat, skips[s].feat], 1)))
+            yield f"dec{s}", voxels
+
+
+def _conv_norm_relu(conv: SparseConvolution) -> SparseSequential:
+    return SparseSequential(conv, VoxelBatchNorm(conv.out_channels), nn.ReLU())
+
+
+def _blocks(in_channels: int, out_channels: int, count: int) -> SparseSequential:
+    widths = [in_channels, *[out_channels] * (count - 1)]
+    return SparseSequential(OrderedDict((f"block{i}", BasicBlock(c, out_channels)) for i, c in enumerate(widths)))
+
+
+def _init_weights(module: nn.Module) -> None:
+    """Published rule: truncated normal for submanifold layers; strided and inverse ones keep the default of spconv."""
+    if isinstance(module, SubMConv3d):
+        nn.init.trunc_normal_(module.weight, std=0.02)

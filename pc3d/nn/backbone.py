@@ -1,0 +1,64 @@
+"""The contract between a backbone and everything that is built on it."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from pc3d.config import Configurable
+from pc3d.errors import InputError
+from pc3d.points import Points
+from pc3d.voxels import Voxels
+
+
+@dataclass(frozen=True)
+class FeatureInfo:
+    """One stage of a backbone: its name in ``forward_features``, width in channels and stride in input voxels."""
+
+    name: str
+    channels: int
+    stride: int
+
+
+class Backbone(nn.Module, Configurable, abc.ABC):
+    """A network from points to features.
+
+    Attributes:
+        in_channels: width of ``points.attrs["feat"]``.
+        out_channels: width of what ``forward`` returns.
+        feature_info: the stages of ``forward_features``, in order of execution.
+    """
+
+    in_channels: int
+    out_channels: int
+    feature_info: list[FeatureInfo]
+
+    @abc.abstractmethod
+    def forward(self, points: Points) -> Tensor:
+        """Features ``(N, out_channels)``, one row per point in input order.
+
+        A backbone that was asked for features of whole clouds returns ``(B, out_channels)``, one row per cloud.
+
+        Raises:
+            InputError: if ``points.attrs["feat"]`` is missing or not ``(N, in_channels)``.
+        """
+
+    @abc.abstractmethod
+    def forward_features(self, points: Points) -> Mapping[str, Points | Voxels]:
+        """What every stage gives, by the names of ``feature_info``; errors as :meth:`forward`."""
+
+    def check_input(self, points: Points) -> None:
+        """Check the width of the input features.
+
+        Raises:
+            InputError: names the cloud, the width found and the width expected.
+        """
+        feat = points.get("feat")
+        if feat.ndim != 2 or feat.shape[1] != self.in_channels:
+            raise InputError(
+                f"{points.describe()}: field 'feat' is {tuple(feat.shape)}, {type(self).__name__} takes "
+                f"(N, {self.in_channels}); make the pipeline's features and the backbone's in_channels agree"
+            )

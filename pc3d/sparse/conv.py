@@ -1,0 +1,144 @@
+"""Sparse convolutions on ``Voxels``, with the semantics of spconv 2.x (cross-correlation, no kernel flip).
+
+Weights are ``(K, Cin, Cout)`` with kernel offsets row-major, x slowest and z fastest. The maps behind the layers live
+in ``voxels.context`` and are shared by all layers on one grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pc3d.ops.conv import sparse_conv
+from pc3d.ops.kernel_map import KernelMap
+from pc3d.sparse import maps
+from pc3d.sparse.modules import SparseModule
+from pc3d.voxels import Voxels
+
+
+class SparseConvolution(SparseModule):
+    """Parameters of a sparse convolution; the subclasses say which voxels meet.
+
+    Args:
+        in_channels, out_channels: feature widths Cin and Cout.
+        kernel_size: voxels along each axis, one number or three.
+        bias: add a learned ``(Cout,)`` to every output voxel.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int | Sequence[int], bias: bool = True
+    ) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = maps.triple(kernel_size)
+        self.weight = nn.Parameter(torch.empty(math.prod(self.kernel_size), in_channels, out_channels))
+        self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform in ``+-1 / sqrt(Cin * K)``, weight and bias: the default of spconv and of torch."""
+        bound = 1 / math.sqrt(self.weight.shape[0] * self.in_channels)
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def convolve(self, feat: Tensor, kernel_map: KernelMap) -> Tensor:
+        """``(num_out, Cout)`` from ``(num_in, Cin)``."""
+        return sparse_conv(feat, self.weight, kernel_map, self.bias)
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
+        return text if self.bias is not None else f"{text}, bias=False"
+
+
+class SubMConv3d(SparseConvolution):
+    """Submanifold convolution: ``out[c] = sum_k W_k^T in[c + (k - kernel_size // 2) * dilation] + bias``.
+
+    The output voxels are the input voxels, row by row (Graham et al. 2018, arXiv 1711.10275).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int] = 3,
+        dilation: int | Sequence[int] = 1,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, bias)
+        self.dilation = maps.triple(dilation)
+
+    def forward(self, voxels: Voxels) -> Voxels:
+        kernel_map = maps.submanifold(voxels, self.kernel_size, self.dilation)
+        return voxels.with_feat(self.convolve(voxels.feat, kernel_map))
+
+
+class _WindowedConvolution(SparseConvolution):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, bias)
+        self.window = maps.Window(self.kernel_size, *map(maps.triple, (stride, padding, dilation)))
+
+    def extra_repr(self) -> str:
+        _, stride, padding, dilation = self.window
+        return f"{super().extra_repr()}, stride={stride}, padding={padding}, dilation={dilation}"
+
+
+class SparseConv3d(_WindowedConvolution):
+    """Strided convolution: ``out[o] = sum_k W_k^T in[o * stride - padding + k * dilation] + bias``.
+
+    An output voxel exists where an input contributes; rows are sorted by (batch, x, y, z). A grid with a
+    ``spatial_shape`` also drops outputs beyond its last full window, as spconv does.
+    """
+
+    def forward(self, voxels: Voxels) -> Voxels:
+        made = maps.strided(voxels, self.window)
+        return made.grid(voxels, self.convolve(voxels.feat, made.kernel_map))
+
+
+class SparseConvTranspose3d(_WindowedConvolution):
+    """Generative transposed convolution: ``out[i * stride - padding + k * dilation] += W_k^T in[i]``, plus bias.
+
+    Makes every voxel it reaches. To go back to the voxels a strided convolution came from, use
+    :class:`SparseInverseConv3d`.
+    """
+
+    def forward(self, voxels: Voxels) -> Voxels:
+        made = maps.transposed(voxels, self.window)
+        return made.grid(voxels, self.convolve(voxels.feat, made.kernel_map))
+
+
+class SparseInverseConv3d(SparseConvolution):
+    """Inverse of a strided layer, ``out[i] = sum_(k, o) W_k^T in[o] + bias`` over the pairs that made the grid.
+
+    Output voxels and rows are exactly the inputs of that convolution. The kernel is not flipped.
+
+    Raises:
+        ValueError: if no strided layer made the grid, or one with another kernel size.
+    """
+
+    def forward(self, voxels: Voxels) -> Voxels:
+        made = maps.derivation(voxels)
+        if made is None:
+            raise ValueError(
+                f"inverse convolution on a grid of stride {voxels.stride} that no strided layer made; "
+                "a SparseConv3d or pooling must come first, and its output grid must reach this layer"
+            )
+        if made.window.kernel_size != self.kernel_size:
+            made_with = made.window.kernel_size
+            raise ValueError(
+                f"inverse convolution with kernel {self.kernel_size} on a grid made with kernel {made_with}"
+            )
+        return made.parent_grid(voxels, self.convolve(voxels.feat, made.kernel_map.inverse()))

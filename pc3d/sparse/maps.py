@@ -1,0 +1,135 @@
+"""Kernel maps and derived grids of ``Voxels``, built once per grid and rule and kept in ``voxels.context``.
+
+A grid is known by its coordinate tensor (the object, not a name given by the user): layers that see the same grid share
+its maps, a grid with other voxels never meets a stale one, and a coarse grid remembers the fine one it was made from.
+Coordinate tensors must therefore not be changed in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from torch import Tensor
+
+from pc3d.ops.kernel_map import (
+    KernelMap,
+    Triple,
+    output_shape,
+    strided_map,
+    submanifold_map,
+    transposed_map,
+    transposed_shape,
+)
+from pc3d.voxels import Voxels
+
+
+class Window(NamedTuple):
+    """How a kernel slides over a grid: three values each, in voxels."""
+
+    kernel_size: Triple
+    stride: Triple
+    padding: Triple
+    dilation: Triple
+
+
+@dataclass(frozen=True)
+class Derivation:
+    """A grid made from another one by a strided or transposed convolution, or a pooling.
+
+    Attributes:
+        coord: ``(M2, 4)`` int32, the voxels made.
+        kernel_map: pairs from the parent's rows to the rows of ``coord``.
+        window: the rule of the kernel.
+        parent: the grid it was made from; features and context left out.
+    """
+
+    coord: Tensor
+    kernel_map: KernelMap
+    window: Window
+    stride: int | Triple
+    spatial_shape: Triple | None
+    parent: Voxels
+
+    def grid(self, voxels: Voxels, feat: Tensor) -> Voxels:
+        """The derived grid of ``voxels`` with features ``(M2, C)``."""
+        return replace(
+            voxels,
+            coord=self.coord,
+            feat=feat,
+            stride=self.stride,
+            point_to_voxel=None,
+            spatial_shape=self.spatial_shape,
+        )
+
+    def parent_grid(self, voxels: Voxels, feat: Tensor) -> Voxels:
+        """The parent grid of ``voxels`` with features ``(M, C)``."""
+        return replace(self.parent, feat=feat, context=voxels.context)
+
+
+def triple(value: int | Sequence[int]) -> Triple:
+    """One number for all three axes, or three numbers."""
+    if isinstance(value, int):
+        return value, value, value
+    x, y, z = value
+    return x, y, z
+
+
+def submanifold(voxels: Voxels, kernel_size: Triple, dilation: Triple) -> KernelMap:
+    """Map of a submanifold convolution on this grid."""
+    key = ("submanifold", id(voxels.coord), kernel_size, dilation)
+    if key not in voxels.context:
+        # The tensor is kept beside the map so that its id stays its own.
+        voxels.context[key] = voxels.coord, submanifold_map(voxels.coord, kernel_size, dilation)
+    return voxels.context[key][1]
+
+
+def strided(voxels: Voxels, window: Window) -> Derivation:
+    """The coarser grid under a strided kernel; bounded where the grid has a ``spatial_shape``."""
+    key = ("strided", id(voxels.coord), window, voxels.spatial_shape)
+    if key not in voxels.context:
+        coord, kmap = strided_map(voxels.coord, *window, spatial_shape=voxels.spatial_shape)
+        shape = None if voxels.spatial_shape is None else output_shape(voxels.spatial_shape, *window)
+        stride = _as_stride(s * w for s, w in zip(triple(voxels.stride), window.stride, strict=True))
+        _remember(voxels, key, Derivation(coord, kmap, window, stride, shape, _without_features(voxels)))
+    return voxels.context[key]
+
+
+def transposed(voxels: Voxels, window: Window) -> Derivation:
+    """The finer grid that a transposed kernel makes; bounded where the grid has a ``spatial_shape``.
+
+    Raises:
+        ValueError: if the grid's stride is not a multiple of the kernel's.
+    """
+    key = ("transposed", id(voxels.coord), window, voxels.spatial_shape)
+    if key not in voxels.context:
+        if any(s % w for s, w in zip(triple(voxels.stride), window.stride, strict=True)):
+            raise ValueError(
+                f"a transposed convolution of stride {window.stride} needs a grid whose stride is a multiple of it, "
+                f"this one has stride {voxels.stride}"
+            )
+        coord, kmap = transposed_map(voxels.coord, *window, spatial_shape=voxels.spatial_shape)
+        shape = None if voxels.spatial_shape is None else transposed_shape(voxels.spatial_shape, *window)
+        stride = _as_stride(s // w for s, w in zip(triple(voxels.stride), window.stride, strict=True))
+        _remember(voxels, key, Derivation(coord, kmap, window, stride, shape, _without_features(voxels)))
+    return voxels.context[key]
+
+
+def derivation(voxels: Voxels) -> Derivation | None:
+    """How this grid was made, or None for an input grid."""
+    return voxels.context.get(("derivation", id(voxels.coord)))
+
+
+def _remember(voxels: Voxels, key: tuple[object, ...], made: Derivation) -> None:
+    voxels.context[key] = made
+    voxels.context["derivation", id(made.coord)] = made
+
+
+def _without_features(voxels: Voxels) -> Voxels:
+    return replace(voxels, feat=voxels.feat.new_empty(len(voxels), 0), context={})
+
+
+def _as_stride(factors: Iterable[int]) -> int | Triple:
+    x, y, z = factors
+    return x if x == y == z else (x, y, z)
