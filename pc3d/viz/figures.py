@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pc3d.errors import InputError
+from pc3d.io.atomic import atomic_write
 from pc3d.points import Points
 from pc3d.viz.colors import RIGHT, UNLABELLED, WRONG, Palette, distinct_palette, label_colors, point_colors
 from pc3d.viz.render import choose_view, rasterize
@@ -168,12 +169,6 @@ def _figure(width: float, height: float, path: str | Path) -> Figure:
 
 def _save(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:] or "png")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
     return path

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.spatial import ConvexHull, QhullError, cKDTree
 from torch import Tensor
 
-from pc3d.errors import InputError
+from pc3d.io.atomic import atomic_write
 from pc3d.points import Points
 from pc3d.viz.colors import Color
 
@@ -305,7 +305,7 @@ def _eye_dome(depth: NDArray) -> NDArray[np.float32]:
 
 
 def save_png(path: str | Path, image: NDArray[np.uint8]) -> Path:
-    """Write ``(H, W, 3)`` uint8 as PNG, under a temporary name first. Needs no imaging library.
+    """Write ``(H, W, 3)`` uint8 as PNG; needs no imaging library.
 
     Raises:
         InputError: if the file cannot be written.
@@ -317,12 +317,6 @@ def save_png(path: str | Path, image: NDArray[np.uint8]) -> Path:
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     for kind, body in ((b"IHDR", header), (b"IDAT", zlib.compress(lines, 6)), (b"IEND", b"")):
         parts.append(struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)))
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
         temporary.write_bytes(b"".join(parts))
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
     return path
