@@ -1,1 +1,33 @@
+"""Tasks: what a backbone is trained for, its optimizer, checkpoints and predictions."""
 
+from pc3d.tasks.checkpoint import (
+    MismatchError,
+    card_mismatch_table,
+    check_card,
+    init_weights,
+    load_task,
+    read_checkpoint,
+    save_export,
+)
+from pc3d.tasks.heads import LinearHead, SegmentationHead
+from pc3d.tasks.inference import labels_of, predict_cloud
+from pc3d.tasks.optim import OptimizerConfig, ParameterGroup, ScheduleConfig
+from pc3d.tasks.segmentation import SemanticSegmentation
+
+__all__ = [
+    "LinearHead",
+    "MismatchError",
+    "OptimizerConfig",
+    "ParameterGroup",
+    "ScheduleConfig",
+    "SegmentationHead",
+    "SemanticSegmentation",
+    "card_mismatch_table",
+    "check_card",
+    "init_weights",
+    "labels_of",
+    "load_task",
+    "predict_cloud",
+    "read_checkpoint",
+    "save_export",
+]

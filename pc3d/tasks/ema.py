@@ -1,0 +1,34 @@
+"""An exponential moving average of the weights, kept beside the trained ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pytorch_lightning import callbacks
+from torch import Tensor
+
+from pc3d.errors import InputError
+
+if not hasattr(callbacks, "WeightAveraging"):
+    raise InputError("model.ema_decay needs pytorch-lightning >= 2.5.3: pip install -U pytorch-lightning")
+
+
+class EmaWeights(callbacks.WeightAveraging):
+    """Averages weights and buffers after every optimizer step; validation, tests and ``state_dict`` of checkpoints use the average.
+
+    The trained weights travel in the checkpoint too, so a resumed run continues exactly. The decay of update ``n`` is
+    ``min(decay, (1 + n) / (10 + n))``: the first average does not hang on to the initial weights.
+
+    Args:
+        decay: share of the old average kept per step.
+    """
+
+    def __init__(self, decay: float) -> None:
+        super().__init__(use_buffers=True, avg_fn=self._average)
+        self.decay = decay
+
+    def _average(self, average: Tensor, current: Tensor, updates: Any) -> Tensor:
+        if not average.is_floating_point():
+            return current
+        decay = min(self.decay, (1 + float(updates)) / (10 + float(updates)))
+        return average + (current - average) * (1 - decay)
