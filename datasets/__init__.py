@@ -1,1 +1,5 @@
+"""Datasets, one per file: what they yield is documented in :class:`pc3d.data.PointDataset`."""
 
+from pc3d.datasets.synthetic_rooms import SyntheticRooms
+
+__all__ = ["SyntheticRooms"]

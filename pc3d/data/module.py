@@ -1,0 +1,314 @@
+"""``PointDataModule``: a dataset and a pipeline become train, validation and test loaders."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sized
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from pc3d.data.cache import CloudCache
+from pc3d.data.collate import Collate
+from pc3d.data.dataset import IGNORE, PointDataset, Split
+from pc3d.data.pipeline import Pipeline
+from pc3d.data.sampler import CloudSampler, Draw, generator_of
+from pc3d.errors import InputError
+from pc3d.points import Points
+
+Sample = tuple[Draw, Points]
+
+
+class PointDataModule(pl.LightningDataModule):
+    """Loaders of a dataset seen through a pipeline.
+
+    Batches: *train* a ``Points`` after ``pipeline.train`` (and Mix3D); *val* a ``Points`` after ``pipeline.evaluate``,
+    with its ``source``; *test* a list of one raw cloud, for the task to cut into fragments and vote on.
+
+    Everything random is a function of (seed, epoch, place in the epoch): the number of workers changes nothing, and a
+    run resumed from any checkpoint goes on with the very batch that would have come next.
+
+    Args:
+        dataset: the clouds.
+        pipeline: what happens to them.
+        root: folder of the dataset's files; overrides the dataset's own.
+        batch_size: clouds per training batch and device.
+        val_batch_size: clouds per validation batch and device.
+        num_workers: loader processes per device; 0 loads in the training process.
+        repeat: passes over the training clouds per epoch, each in a new order.
+        mix3d: probability that the clouds of a training batch are merged in pairs (Nekrasov et al., Mix3D, 3DV 2021).
+        seed: of order and augmentation; None takes ``seed_everything``'s.
+        cache: keep prepared clouds on disk: True (default folder, see :class:`~pc3d.data.cache.CloudCache`), a folder,
+            or False.
+    """
+
+    def __init__(
+        self,
+        dataset: PointDataset,
+        pipeline: Pipeline,
+        root: str | None = None,
+        batch_size: int = 4,
+        val_batch_size: int = 1,
+        num_workers: int = 0,
+        repeat: int = 1,
+        mix3d: float = 0.0,
+        seed: int | None = None,
+        cache: bool | str = True,
+    ) -> None:
+        super().__init__()
+        for name, value in {"batch_size": batch_size, "val_batch_size": val_batch_size, "repeat": repeat}.items():
+            if value < 1:
+                raise InputError(f"data.{name}: {value} must be at least 1")
+        if not 0 <= mix3d <= 1:
+            raise InputError(f"data.mix3d: {mix3d} is not a probability (0..1)")
+        self.dataset = dataset
+        self.pipeline = pipeline
+        self.batch_size = batch_size
+        self.val_batch_size = val_batch_size
+        self.num_workers = num_workers
+        self.repeat = repeat
+        self.mix3d = mix3d
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        if root is not None:
+            dataset.relocate(root)
+        self.cache = CloudCache(CloudCache.default_folder() if cache is True else cache) if cache else None
+        dataset.cache = self.cache
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.dataset.class_names
+
+    @property
+    def num_classes(self) -> int:
+        return self.dataset.num_classes
+
+    @property
+    def in_channels(self) -> int:
+        """Width of ``feat``."""
+        return self.pipeline.in_channels
+
+    # Loaders ---------------------------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> CloudLoader:
+        collate = TrainCollate(Collate(self.mix3d, self.pipeline.grid_size), self.seed)
+        return self._loader("train", self.batch_size, collate, shuffle=True, repeat=self.repeat)
+
+    def val_dataloader(self) -> CloudLoader:
+        return self._loader("val", self.val_batch_size, cat_samples)
+
+    def test_dataloader(self) -> CloudLoader:
+        return self._loader("test", 1, list_samples)
+
+    def samples(self, split: Split) -> CloudSamples:
+        """The clouds of a split, each as its loader would give it.
+
+        Raises:
+            InputError: if the split has no clouds.
+        """
+        samples = CloudSamples(self.dataset, self.pipeline, split, self.seed, self.cache)
+        if not len(samples):
+            raise InputError(
+                f"{type(self.dataset).__name__}: the {split} split has no clouds (root: {self.dataset.root})"
+            )
+        return samples
+
+    def _loader(
+        self,
+        split: Split,
+        batch_size: int,
+        collate: Callable[[list[Sample]], Any],
+        shuffle: bool = False,
+        repeat: int = 1,
+    ) -> CloudLoader:
+        samples = self.samples(split)
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        sampler = CloudSampler(samples, shuffle, self.seed, repeat, rank, world_size)
+        return CloudLoader(
+            samples,
+            sampler=sampler,
+            batch_size=batch_size,
+            drop_last=shuffle and len(sampler) > batch_size,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            batches_done=self._train_batches_done if shuffle else None,
+        )
+
+    def _train_batches_done(self) -> int:
+        """Batches of the current epoch that training has behind it: more than 0 only after resuming within an epoch."""
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready if self.trainer else 0
+
+    # Class statistics ------------------------------------------------------------------------------------------------
+
+    def class_counts(self) -> list[int]:
+        """Labelled points per class over the training clouds (kept in the cache)."""
+        keys = [self.dataset.fingerprint("train", i) for i in range(self.dataset.size("train"))]
+        if self.cache is None:
+            return self._count_classes()
+        return self.cache.value(("class counts", self.class_names, keys), self._count_classes)
+
+    def _count_classes(self) -> list[int]:
+        counts = torch.zeros(self.num_classes, dtype=torch.int64)
+        for index in range(self.dataset.size("train")):
+            segment = self.dataset.load("train", index).get("segment")
+            counts += torch.bincount(segment[segment != IGNORE], minlength=self.num_classes)
+        return counts.tolist()
+
+    def class_weights(self, power: float = 0.5) -> list[float]:
+        """Weights for a loss: ``frequency ** -power``, mean 1 over the classes that occur; absent classes get 0.
+
+        Args:
+            power: 1 = inverse frequency, 0.5 = inverse square root.
+        """
+        counts = torch.tensor(self.class_counts(), dtype=torch.float64)
+        present = counts > 0
+        weights = torch.where(present, counts.clamp(min=1) ** -power, 0.0)
+        return (weights / weights[present].mean()).tolist()
+
+
+class CloudSamples(Dataset[Sample]):
+    """The clouds of a split behind a pipeline, addressed by :class:`Draw` (or by number: epoch 0)."""
+
+    def __init__(
+        self, dataset: PointDataset, pipeline: Pipeline, split: Split, seed: int = 0, cache: CloudCache | None = None
+    ) -> None:
+        self.dataset = dataset
+        self.split = split
+        self.seed = seed
+        self.cache = cache
+        # What is deterministic is done once and kept; test clouds stay raw.
+        self.prepare = [] if split == "test" else list(pipeline.prepare)
+        self.pipeline = dataclasses.replace(pipeline, prepare=[])
+
+    def __len__(self) -> int:
+        return self.dataset.size(self.split)
+
+    def __getitem__(self, draw: Draw | int) -> Sample:
+        if isinstance(draw, int):
+            draw = Draw(draw)
+        cloud = self._view(self.cloud(draw.cloud), draw)
+        return draw, _without_labels(cloud) if draw.padding else cloud
+
+    def _view(self, cloud: Points, draw: Draw) -> Points:
+        if self.split == "test":
+            return cloud
+        if self.split == "val":
+            return _checked(self.pipeline.evaluate(cloud))
+        return _checked(self.pipeline.train(cloud, generator_of(self.seed, "augment", draw.epoch, draw.position)))
+
+    def cloud(self, index: int) -> Points:
+        """The prepared cloud, from the cache if there is one."""
+        if self.cache is None:
+            return self._prepared(index)
+        return self.cache.cloud(self._key(index), lambda: self._prepared(index))
+
+    def _prepared(self, index: int) -> Points:
+        cloud = self.dataset.load(self.split, index)
+        for transform in self.prepare:
+            cloud = transform(cloud)
+        return cloud
+
+    def _key(self, index: int) -> tuple[Any, ...]:
+        prepare = [transform.to_config() for transform in self.prepare]
+        return "cloud", self.dataset.fingerprint(self.split, index), prepare
+
+
+def _checked(points: Points) -> Points:
+    bad = ~points.get("feat").isfinite().all(0)
+    if bad.any():
+        columns = ", ".join(map(str, bad.nonzero().flatten().tolist()))
+        raise InputError(f"{points.describe()}: feature column {columns} has non-finite values")
+    return points
+
+
+def _without_labels(points: Points) -> Points:
+    """A copy that counts for nothing in a metric; ``meta["padding"]`` tells writers of results to leave it out."""
+    source = None if points.source is None else _without_labels(points.source)
+    attrs = {
+        name: torch.full_like(value, IGNORE) if name == "segment" else value for name, value in points.attrs.items()
+    }
+    return points.replace(attrs=attrs, source=source, meta=[{**entry, "padding": True} for entry in points.meta])
+
+
+# Batches -------------------------------------------------------------------------------------------------------------
+
+
+def list_samples(samples: list[Sample]) -> list[Points]:
+    """The clouds of a test batch, unpacked."""
+    return [points for _, points in samples]
+
+
+def cat_samples(samples: list[Sample]) -> Points:
+    """The clouds of a validation batch, packed with their sources."""
+    return Points.cat(common_attrs(list_samples(samples)))
+
+
+def common_attrs(clouds: list[Points]) -> list[Points]:
+    """The clouds with only the attributes that all of them have: files of different make can share a batch."""
+    names = set.intersection(*(set(cloud.attrs) for cloud in clouds))
+    sources = [cloud.source for cloud in clouds if cloud.source is not None]
+    kept: list[Points | None] = [*common_attrs(sources)] if len(sources) == len(clouds) else [None] * len(clouds)
+    return [
+        cloud.replace(attrs={name: cloud.attrs[name] for name in cloud.attrs if name in names}, source=source)
+        for cloud, source in zip(clouds, kept, strict=True)
+    ]
+
+
+@dataclasses.dataclass
+class TrainCollate:
+    """Packs a training batch, with Mix3D. Its draws belong to the batch, whichever process collates it."""
+
+    collate: Collate
+    seed: int
+
+    def __call__(self, samples: list[Sample]) -> Points:
+        first = samples[0][0]
+        generator = generator_of(self.seed, "collate", first.epoch, first.position)
+        return self.collate(common_attrs(list_samples(samples)), generator)
+
+
+class CloudLoader(DataLoader[Any]):
+    """A loader that can start in the middle of an epoch.
+
+    Args:
+        batches_done: number of batches of the epoch to leave out, asked when the first batch is wanted; None = 0.
+            Lightning restores its counters, then asks for a batch: so the loader needs no state of its own, and
+            whatever kind of checkpoint the run comes from, it continues after the last completed step.
+        kwargs: of ``DataLoader``.
+    """
+
+    def __init__(self, *args: Any, batches_done: Callable[[], int] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.batches_done = batches_done
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        if isinstance(self.sampler, CloudSampler):
+            done = self.batches_done() if self.batches_done else 0
+            self.sampler.skip = done * (self.batch_size or 1)
+        try:
+            yield from super().__iter__()
+        except InputError as error:
+            raise InputError(_last_line(error)) from None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the order of batches depends on; kept in checkpoints to compare at a resume."""
+        length = len(self.sampler) if isinstance(self.sampler, Sized) else None
+        return {"batch_size": self.batch_size, "samples": length, "seed": getattr(self.sampler, "seed", None)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        now = self.state_dict()
+        changed = [f"{name} {value} -> {now.get(name)}" for name, value in state.items() if now.get(name) != value]
+        if changed:
+            warnings.warn(
+                f"resuming with other data settings ({', '.join(changed)}): batches will differ", stacklevel=2
+            )
+
+
+def _last_line(error: InputError) -> str:
+    """The message itself: a worker process wraps it in its traceback."""
+    return str(error).strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.{InputError.__qualname__}: ")
