@@ -1,1 +1,7 @@
+"""Readers and writers of point-cloud files: PLY, PCD, LAS/LAZ/COPC, KITTI ``.bin``, ``.npy``/``.npz``, text and E57."""
 
+from pc3d.io.atomic import atomic_write
+from pc3d.io.files import READABLE, WRITABLE, can_read, read, write
+from pc3d.io.labels import read_labels, write_labels
+
+__all__ = ["READABLE", "WRITABLE", "atomic_write", "can_read", "read", "read_labels", "write", "write_labels"]

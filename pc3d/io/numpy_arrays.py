@@ -1,0 +1,105 @@
+"""``.npy`` (one structured or plain array) and ``.npz`` (one array per attribute); nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pc3d.errors import InputError
+from pc3d.io.table import Array, Table, column_names
+
+_COORD_KEYS = ("coord", "coords", "xyz", "points", "point", "pos", "positions", "position", "pc", "vertices", "data")
+
+
+def read_npy(path: Path, columns: int | Sequence[str] | None = None) -> Table:
+    """A structured array by its field names, or an ``(N, C)`` array whose first columns are x, y, z (see ``columns``)."""
+    names = _names(columns, path)
+    try:
+        # A memory map refuses a file shorter than its header says before any memory is taken.
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, SyntaxError, TypeError, OverflowError, UnicodeError) as error:
+        raise InputError(f"{path}: no readable .npy array: {_one_line(error)}") from error
+    if isinstance(array, np.lib.npyio.NpzFile):
+        raise InputError(f"{path}: is an .npz archive with the suffix .npy: rename it")
+    if array.dtype.names:
+        if names is not None:
+            raise InputError(f"{path}: columns= is for plain arrays; this one has fields: {', '.join(array.dtype.names)}")
+        rows = array.reshape(-1)
+        return Table({name: _native(rows[name]) for name in array.dtype.names})
+    return Table(_plain(_native(array), path, "the array", names))
+
+
+def read_npz(path: Path, columns: int | Sequence[str] | None = None) -> Table:
+    """Arrays by key. Coordinates are the key ``coord`` (or ``xyz``, ``points``, ``pos`` ...), or the only array of the archive."""
+    names = _names(columns, path)
+    arrays: dict[str, Array] = {}
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            for key in archive.files:
+                arrays[key] = _native(archive[key])
+    except (ValueError, KeyError, EOFError, SyntaxError, TypeError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        raise InputError(f"{path}: no readable .npz archive: {_one_line(error)}") from error
+    except AttributeError as error:
+        raise InputError(f"{path}: no .npz archive") from error
+    if {"x", "y", "z"} <= {key.lower() for key in arrays}:
+        coord, count = {}, len(np.atleast_1d(next(values for key, values in arrays.items() if key.lower() == "x")))
+    else:
+        coord_key = _coord_key(arrays, path)
+        coord = _plain(arrays.pop(coord_key), path, f"key '{coord_key}'", names)
+        count = len(next(iter(coord.values())))
+    fields = {key: values for key, values in arrays.items() if values.ndim and len(values) == count and values.dtype.kind in "biuf"}
+    skipped = [key for key in arrays if key not in fields]
+    aliases = {"colors": "color", "rgb": "color", "normals": "normal"}
+    renamed = {aliases.get(key, key) if aliases.get(key) not in fields else key: values for key, values in fields.items()}
+    return Table({**coord, **renamed}, skipped=skipped)
+
+
+def write_npy(out: Path, columns: Mapping[str, Array]) -> None:
+    """One structured array with a field per attribute: ``coord`` (3,), ``color`` (3,), ..."""
+    dtype = np.dtype([(name, values.dtype, values.shape[1:]) for name, values in columns.items()])
+    array = np.empty(len(columns["coord"]), dtype)
+    for name, values in columns.items():
+        array[name] = values
+    np.save(out, array, allow_pickle=False)
+
+
+def write_npz(out: Path, columns: Mapping[str, Array]) -> None:
+    """One array per attribute; ``coord`` (N, 3) holds true coordinates."""
+    np.savez_compressed(out, **columns)  # type: ignore[arg-type]
+
+
+def _plain(array: Array, path: Path, what: str, names: Sequence[str] | None) -> dict[str, Array]:
+    if array.ndim != 2 or array.dtype.kind not in "biuf":
+        raise InputError(f"{path}: {what} must be (N, 3 + C) numbers, got {array.shape} {array.dtype}")
+    if array.shape[1] == 3 and names is None:
+        return {"coord": array}
+    labels = column_names(array, path, names)
+    return {name: array[:, i] for i, name in enumerate(labels) if name != "_"}
+
+
+def _coord_key(arrays: Mapping[str, Array], path: Path) -> str:
+    key = next((key for key in _COORD_KEYS if key in arrays), None)
+    if key is not None:
+        return key
+    if len(arrays) == 1:
+        return next(iter(arrays))
+    keys = ", ".join(arrays) or "nothing"
+    raise InputError(f"{path}: no coordinates: none of the keys {', '.join(_COORD_KEYS)} (it has: {keys})")
+
+
+def _names(columns: int | Sequence[str] | None, path: Path) -> Sequence[str] | None:
+    if isinstance(columns, int):
+        raise InputError(f"{path}: columns={columns}: this format knows its number of columns, give their names")
+    return columns
+
+
+def _native(array: Array) -> Array:
+    return np.asarray(array, dtype=array.dtype.newbyteorder("="))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
