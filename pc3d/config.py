@@ -17,8 +17,9 @@ _PLAIN = (str, int, float, bool, type(None))
 class Configurable:
     """Mixin: records the arguments of ``__init__`` so that an object can be written as ``class_path``/``init_args``.
 
-    Arguments may be plain values, paths, (nested) sequences and mappings of them, and other ``Configurable`` objects. They are
-    recorded as given, by name; nothing has to be written in a subclass. A dataclass is recorded by its fields.
+    Arguments may be plain values, paths, (nested) sequences and mappings of them, and other ``Configurable`` objects.
+    They are recorded by name, defaults included (a default that changes in a later version must not change what was
+    built before); nothing has to be written in a subclass. A dataclass is recorded by its fields.
     """
 
     _init_args: dict[str, Any]
@@ -34,18 +35,21 @@ class Configurable:
         def recording(self: Any, *args: Any, **kw: Any) -> None:
             if type(self) is cls or "_init_args" not in self.__dict__:
                 bound = signature.bind(self, *args, **kw)
+                bound.apply_defaults()
                 arguments = dict(bound.arguments)
                 arguments.pop(next(iter(signature.parameters)))
                 for name, parameter in signature.parameters.items():
                     if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                         arguments.update(arguments.pop(name, {}))
+                    elif parameter.kind is inspect.Parameter.VAR_POSITIONAL and not arguments.get(name):
+                        arguments.pop(name, None)
                 object.__setattr__(self, "_init_args", arguments)
             original(self, *args, **kw)
 
         cls.__init__ = recording  # type: ignore[method-assign]
 
     def to_config(self) -> dict[str, Any]:
-        """``{"class_path": ..., "init_args": {...}}`` of plain values: JSON and YAML can hold it, :func:`instantiate` reads it."""
+        """``{"class_path": ..., "init_args": {...}}`` of plain values, for JSON and YAML; :func:`instantiate` reads it."""
         if dataclasses.is_dataclass(self):
             given = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.init}
         else:
@@ -55,7 +59,7 @@ class Configurable:
 
 
 def class_path(cls: type) -> str:
-    """Importable dotted name of a class; the shortest public one (``pc3d.models.SparseUNet``) where a package exports it."""
+    """Importable dotted name of a class; the shortest one (``pc3d.models.SparseUNet``) where a package exports it."""
     parts = cls.__module__.split(".")
     for end in range(1, len(parts) + 1):
         try:
@@ -80,7 +84,9 @@ def instantiate(config: dict[str, Any], allow: tuple[str, ...] = ("pc3d.",)) -> 
     """
     path = config["class_path"]
     if not path.startswith(allow):
-        raise InputError(f"class_path '{path}' is not one of this package ({', '.join(allow)}*): pass --allow_classes to trust it")
+        raise InputError(
+            f"class_path '{path}' is not one of this package ({', '.join(allow)}*): pass --allow_classes to trust it"
+        )
     module_name, _, name = path.rpartition(".")
     try:
         cls = getattr(importlib.import_module(module_name), name)
