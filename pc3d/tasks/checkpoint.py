@@ -1,4 +1,4 @@
-"""Checkpoints that explain themselves: the card inside, safe reading, rebuilding a task, weights without a run, exports."""
+"""Checkpoints that explain themselves: the card, safe reading, rebuilding a task, weights alone, exports."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from pc3d.config import instantiate
 from pc3d.data.pipeline import Pipeline
 from pc3d.data.transforms import AssembleFeatures
 from pc3d.errors import InputError
-from pc3d.tasks.record import git_revision, replace_file, versions, write_json
+from pc3d.io.atomic import atomic_write
+from pc3d.tasks.record import git_revision, versions, write_json
 
 if TYPE_CHECKING:
     from pc3d.tasks.segmentation import SemanticSegmentation
@@ -39,16 +40,16 @@ class MismatchError(InputError):
         self.table = table
 
 
-# The card --------------------------------------------------------------------------------------------------------------
+# The card ------------------------------------------------------------------------------------------------------------
 
 
 def make_card(task: SemanticSegmentation, metrics: Mapping[str, Tensor | float] | None = None) -> Card:
     """All that is needed to use a checkpoint without its training run, in plain types only.
 
-    Keys: ``format``, ``task`` (``class_path``/``init_args`` with backbone, head and criteria), ``training`` (optimizer and
-    schedule), ``class_names``, ``palette``, ``label_map``, ``ignore_index``, ``features`` (name and channels of each),
-    ``in_channels``, ``grid_size``, ``pipeline``, ``weights`` (``ema`` or ``trained``), ``seed``, ``metrics``, ``versions``,
-    ``git_revision``.
+    Keys: ``format``, ``task`` (``class_path``/``init_args`` with backbone, head and criteria), ``training`` (optimizer
+    and schedule), ``class_names``, ``palette``, ``label_map``, ``ignore_index``, ``features`` (name and channels of
+    each), ``in_channels``, ``grid_size``, ``pipeline``, ``weights`` (``ema`` or ``trained``), ``seed``, ``metrics``,
+    ``versions``, ``git_revision``.
 
     Raises:
         InputError: if the task has no pipeline, or a part of it cannot be written to a config.
@@ -71,15 +72,24 @@ def make_card(task: SemanticSegmentation, metrics: Mapping[str, Tensor | float] 
         "palette": None if task.palette is None else [[int(c) for c in color] for color in task.palette],
         "label_map": None if task.label_map is None else {int(k): int(v) for k, v in task.label_map.items()},
         "ignore_index": -1,
-        "features": [{"name": name, "channels": n} for name, n in feature_channels(pipeline.features).items()],
-        "in_channels": int(pipeline.in_channels),
-        "grid_size": float(pipeline.grid_size),
+        **data_entries(pipeline),
         "pipeline": pipeline_config,
         "weights": "trained" if task.ema_decay is None else "ema",
         "seed": task.seed,
         "metrics": {name: float(value) for name, value in (metrics or {}).items()},
         "versions": versions(),
         "git_revision": git_revision(),
+    }
+
+
+def data_entries(pipeline: Pipeline | None) -> dict[str, Any]:
+    """The entries of a card that say what the model's input is: ``features``, ``in_channels`` and ``grid_size``."""
+    if pipeline is None:
+        return {}
+    return {
+        "features": [{"name": name, "channels": n} for name, n in feature_channels(pipeline.features).items()],
+        "in_channels": int(pipeline.in_channels),
+        "grid_size": float(pipeline.grid_size),
     }
 
 
@@ -100,7 +110,7 @@ def card_mismatch_table(card: Card, **here: Any) -> str | None:
 
     Args:
         card: card of a checkpoint.
-        here: card entries to compare, e.g. ``class_names=[...]``, ``in_channels=6``, ``grid_size=0.02``, ``features=[...]``.
+        here: card entries to compare, e.g. ``class_names=[...]``, ``in_channels=6``, ``grid_size=0.02``.
     """
     rows = [(name, _brief(card.get(name)), _brief(value)) for name, value in here.items() if card.get(name) != value]
     return text_table("The checkpoint does not fit", ("field", "checkpoint", "here"), rows) if rows else None
@@ -131,7 +141,7 @@ def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
-# Reading ---------------------------------------------------------------------------------------------------------------
+# Reading -------------------------------------------------------------------------------------------------------------
 
 
 def read_checkpoint(path: str | Path, trust: bool = False) -> dict[str, Any]:
@@ -240,7 +250,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-# Weights without a run -------------------------------------------------------------------------------------------------
+# Weights without a run -----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -269,7 +279,7 @@ class InitReport:
 
 
 def init_weights(task: SemanticSegmentation, path: str | Path, strict: bool = False, trust: bool = False) -> InitReport:
-    """Start a task from the weights of a checkpoint: backbone and head only, no optimizer, no step count, no loss buffers.
+    """Start a task from the weights of a checkpoint: backbone and head only, no optimizer, step count or loss buffers.
 
     A ``module.`` prefix is dropped; a file of a bare backbone (no ``backbone.`` prefix) is accepted.
 
@@ -304,16 +314,13 @@ def init_weights(task: SemanticSegmentation, path: str | Path, strict: bool = Fa
 
 
 def _init_notes(task: SemanticSegmentation, card: Card | None) -> list[str]:
-    here = {"class_names": task.class_names}
-    if task.pipeline is not None:
-        here |= {"features": [{"name": n, "channels": c} for n, c in feature_channels(task.pipeline.features).items()]}
-        here |= {"grid_size": float(task.pipeline.grid_size)}  # type: ignore[dict-item]
+    here: dict[str, Any] = {"class_names": task.class_names, **data_entries(task.pipeline)}
     if card is None:
         return []
     return [f"{n} differ: {_brief(card.get(n))} (here {_brief(v)})" for n, v in here.items() if card.get(n) != v]
 
 
-# Exports ---------------------------------------------------------------------------------------------------------------
+# Exports -------------------------------------------------------------------------------------------------------------
 
 
 def save_export(path: str | Path, checkpoint: Mapping[str, Any]) -> tuple[Path, Path]:
@@ -334,6 +341,7 @@ def save_export(path: str | Path, checkpoint: Mapping[str, Any]) -> tuple[Path, 
     weights_path = Path(path).with_suffix(".safetensors")
     card = card_of(checkpoint, path)
     state = {name: value.detach().cpu().clone().contiguous() for name, value in checkpoint["state_dict"].items()}
-    replace_file(weights_path, lambda temporary: save_file(state, temporary, metadata={"format": "pt"}))
+    with atomic_write(weights_path) as temporary:
+        save_file(state, temporary, metadata={"format": "pt"})
     write_json(weights_path.with_suffix(".json"), card)
     return weights_path, weights_path.with_suffix(".json")

@@ -14,10 +14,11 @@ if not hasattr(callbacks, "WeightAveraging"):
 
 
 class EmaWeights(callbacks.WeightAveraging):
-    """Averages weights and buffers after every optimizer step; validation, tests and ``state_dict`` of checkpoints use the average.
+    """Averages weights and buffers after every optimizer step.
 
-    The trained weights travel in the checkpoint too, so a resumed run continues exactly. The decay of update ``n`` is
-    ``min(decay, (1 + n) / (10 + n))``: the first average does not hang on to the initial weights.
+    Validation, tests and the ``state_dict`` of checkpoints use the average. The trained weights travel in the
+    checkpoint too, so a resumed run continues exactly. The decay of update ``n`` is ``min(decay, (1 + n) / (10 + n))``:
+    an early average does not hang on to the initial weights.
 
     Args:
         decay: share of the old average kept per step.

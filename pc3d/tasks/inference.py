@@ -36,9 +36,10 @@ def predict_cloud(
 ) -> Tensor:
     """Class probabilities of every point of one raw cloud.
 
-    ``vote`` is the published protocol: for every augmentation the cloud is cut into fragments of one point per cell, and the
-    softmax probabilities of all forward passes are summed per point. Fragments are made and forgotten one after the other.
-    ``fast`` is one forward pass over the first point of each cell, whose probabilities its neighbours in the cell share.
+    ``vote`` is the published protocol: for every augmentation the cloud is cut into fragments of one point per cell,
+    and the softmax probabilities of all forward passes are summed per point. Fragments are made one after the other,
+    and forgotten. ``fast`` is one forward pass over the first point of each cell, whose probabilities all points of
+    the cell share.
 
     Args:
         task: the model; used in eval mode, on the device where it is.
@@ -52,8 +53,8 @@ def predict_cloud(
         generator: source of the augmentations' random numbers.
 
     Returns:
-        ``(N, K)`` float32 on the task's device (with ``tile``: on the cloud's); rows sum to 1, except those of points which
-        ``pipeline.prepare`` removes: they are zero (see :func:`labels_of`).
+        ``(N, K)`` float32 on the task's device (with ``tile``: on the cloud's); rows sum to 1, except those of points
+        which ``pipeline.prepare`` removes: they are zero (see :func:`labels_of`).
 
     Raises:
         InputError: for an empty cloud, coordinates that are not finite, missing fields, or options that contradict.
@@ -81,13 +82,13 @@ def predict_cloud(
 
 
 def labels_of(probabilities: Tensor) -> Tensor:
-    """``(N,)`` int64 most probable class of ``(N, K)`` probabilities; -1 where a row is zero (the point was not predicted)."""
+    """``(N,)`` int64 most probable class of ``(N, K)`` probabilities; -1 where a row is zero (no prediction)."""
     best, labels = probabilities.max(1)
     return torch.where(best > 0, labels, -1)
 
 
 def original_rows(sampled: Points) -> tuple[Points, Tensor]:
-    """The clouds as they were before any grid sampling, and for each of their points the row of ``sampled`` standing for it."""
+    """The clouds before any grid sampling, and for each of their points the row of ``sampled`` that stands for it."""
     rows, source = sampled.source_rows(), sampled.source
     assert source is not None
     while source.source is not None:  # sampled more than once, e.g. 0.025 m in ``prepare`` and 0.05 m for the model
@@ -174,7 +175,7 @@ def _tiles(xy: Tensor, tile: float, margin: float) -> Iterator[tuple[Tensor, Ten
 
 
 def _explained(error: InputError, pipeline: Pipeline, points: Points) -> InputError:
-    """If the error is about a field of the checkpoint's features, the same error with a table of expected and found ones."""
+    """An error about a field of the checkpoint's features, with a table of the fields expected and found."""
     if not any(f"field '{name}'" in str(error) for name in pipeline.features):
         return error
     with contextlib.suppress(InputError):  # fields made by ``prepare`` count as found

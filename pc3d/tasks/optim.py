@@ -21,7 +21,7 @@ class ParameterGroup:
     """Parameters whose name matches ``pattern`` get their own settings; None keeps the optimizer's.
 
     Args:
-        pattern: regular expression searched in the parameter's name (``block`` matches ``backbone.enc.0.block1.weight``).
+        pattern: regular expression searched in the parameter's name (``block`` finds ``backbone.enc.0.block1.weight``).
         lr: learning rate of the group.
         weight_decay: weight decay of the group.
     """
@@ -71,7 +71,8 @@ class ScheduleConfig:
     """The learning rate over the optimizer steps t = 0..T-1 of the whole run (T is taken from the trainer).
 
     Args:
-        name: ``onecycle`` (torch's, cosine), ``poly`` (``(1 - t / (T + 1)) ** power``), ``cosine``, ``multistep``, ``constant``.
+        name: ``onecycle`` (torch's, cosine), ``poly`` (``(1 - t / (T + 1)) ** power``), ``cosine``, ``multistep`` or
+            ``constant``.
         pct_start: onecycle: fraction of T with a rising rate, default 0.05.
         div_factor: onecycle: peak / first rate, default 10.
         final_div_factor: onecycle: first / last rate, default 1000.
@@ -153,7 +154,7 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[tuple[str, nn.
         own = {key: getattr(group, key) for key in ("lr", "weight_decay") if getattr(group, key) is not None}
         groups.append({"params": params, "name": group.pattern, **own})
     if config.name == "adamw":
-        return AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, betas=tuple(config.betas or (0.9, 0.999)))
+        return AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas or (0.9, 0.999))
     momentum = 0.9 if config.momentum is None else config.momentum
     nesterov = momentum > 0 if config.nesterov is None else config.nesterov
     return SGD(groups, lr=config.lr, weight_decay=config.weight_decay, momentum=momentum, nesterov=nesterov)
@@ -188,11 +189,11 @@ def build_schedule(config: ScheduleConfig, optimizer: Optimizer, total_steps: in
 
 
 def rate_factor(config: ScheduleConfig, total_steps: int, step: int) -> float:
-    """Learning rate at optimizer step ``step`` of ``total_steps`` over the configured one (any schedule but onecycle)."""
+    """Learning rate at optimizer step ``step`` over the configured one (any schedule but onecycle)."""
     warmup = round((config.warmup or 0.0) * total_steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    # A run resumed with fewer steps left than it had, or torch's last call after the last step, must not leave the range.
+    # Clamped: torch asks once more after the last step, and a resumed run may be longer than planned.
     t, total = min(step - warmup, total_steps - warmup), max(total_steps - warmup, 1)
     return _FACTORS[config.name](config, t, total)
 
@@ -228,7 +229,7 @@ def freeze_parameters(module: nn.Module, patterns: Iterable[str]) -> list[nn.Mod
     """Switch off the gradient of every parameter whose name matches one of the regular expressions.
 
     Returns:
-        The modules with no trainable parameter left, to be kept in eval mode (their batch statistics must not move either).
+        The modules with no trainable parameter left, to be kept in eval mode (so that batch statistics do not move).
 
     Raises:
         InputError: if a pattern matches no parameter name.

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,12 @@ import pytorch_lightning as pl
 import torch
 
 import pc3d
+from pc3d.io.atomic import atomic_write
 
 
 @cache
 def git_revision() -> str | None:
-    """Commit of the source tree this package runs from, ``+`` appended with local changes; None outside a git checkout."""
+    """Commit of the source tree this package runs from, with ``+`` for local changes; None outside a git checkout."""
     here = Path(pc3d.__file__).parent
     try:
         revision = _git("rev-parse", "HEAD", folder=here)
@@ -61,16 +60,5 @@ def environment() -> dict[str, Any]:
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write a JSON file; an older one is replaced only when the new one is complete."""
-    text = json.dumps(values, indent=2) + "\n"
-    replace_file(path, lambda temporary: temporary.write_text(text))
-
-
-def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call ``write`` with a temporary name beside ``path``, then rename: a failure leaves the older file as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n")

@@ -21,7 +21,7 @@ from pc3d.metrics import SegmentationMetrics, SegmentationScores
 from pc3d.nn.backbone import Backbone
 from pc3d.points import Points
 from pc3d.tasks.augmentations import TestAugmentation, augmentation_passes
-from pc3d.tasks.checkpoint import CARD, check_card, feature_channels, make_card
+from pc3d.tasks.checkpoint import CARD, check_card, data_entries, make_card
 from pc3d.tasks.heads import LinearHead, SegmentationHead
 from pc3d.tasks.inference import original_rows, predict_cloud
 from pc3d.tasks.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule, freeze_parameters
@@ -33,8 +33,9 @@ _ONECYCLE = ScheduleConfig()
 class SemanticSegmentation(pl.LightningModule, Configurable):
     """Backbone, head, losses and scores for one class per point; knows no model.
 
-    Training and validation batches are sampled points; validation scores count on the original points (through the inverse
-    map, one pass). The test step follows the published protocol (voxel fragments, summed probabilities) on raw clouds.
+    Training and validation batches are sampled points; validation scores count on the original points (through the
+    inverse map, one pass). The test step follows the published protocol (voxel fragments, summed probabilities) on raw
+    clouds.
 
     Args:
         backbone: ``points -> (N, C)`` features.
@@ -43,10 +44,12 @@ class SemanticSegmentation(pl.LightningModule, Configurable):
         criteria: losses, summed (each holds its own ``loss_weight``), default cross-entropy.
         optimizer: optimizer and its parameter groups.
         schedule: learning rate over the optimizer steps.
-        ema_decay: keep a moving average of the weights with this decay per step; it is what is validated, tested and exported.
-        freeze: regular expressions; parameters whose name matches are not trained, modules frozen whole stay in eval mode.
-        test_augmentations: lists of transforms, one pass each; or the published ``scannet`` (13) or ``s3dis`` (10); default
-            the plain cloud.
+        ema_decay: keep a moving average of the weights with this decay per step; it is what is validated, tested and
+            exported.
+        freeze: regular expressions; parameters whose name matches are not trained, modules frozen whole stay in eval
+            mode.
+        test_augmentations: lists of transforms, one pass each; or the published ``scannet`` (13) or ``s3dis`` (10);
+            default the plain cloud.
         fragments_per_pass: fragments in one forward pass of the test step.
     """
 
@@ -229,7 +232,7 @@ class SemanticSegmentation(pl.LightningModule, Configurable):
     # Exact restarts and checkpoints ----------------------------------------------------------------------------------
 
     def _reseed(self, epoch: int, batch_idx: int) -> None:
-        """Make dropout and every other draw of this step a function of (seed, epoch, step, rank), so that a resumed run repeats it."""
+        """Make every draw of this step (dropout, ...) a function of (seed, epoch, step, rank), also after a resume."""
         key = np.random.SeedSequence([self.seed or 0, epoch + 1, batch_idx, self.global_rank])
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
 
@@ -242,10 +245,4 @@ class SemanticSegmentation(pl.LightningModule, Configurable):
         if card is None:
             return
         self.seed = card["seed"]
-        check_card(card, "checkpoint", class_names=self.class_names, **self._pipeline_entries())
-
-    def _pipeline_entries(self) -> dict[str, Any]:
-        if self.pipeline is None:
-            return {}
-        features = [{"name": n, "channels": c} for n, c in feature_channels(self.pipeline.features).items()]
-        return {"features": features, "grid_size": float(self.pipeline.grid_size)}
+        check_card(card, "checkpoint", class_names=self.class_names, **data_entries(self.pipeline))

@@ -36,9 +36,10 @@ class TinyBackbone(Backbone):
 
 
 class TinyDataset:
-    class_names = CLASSES
-    label_map = {11: 0, 12: 1, 40: 2, 0: -1}
-    palette = [(200, 200, 200), (90, 90, 200), (200, 30, 30)]
+    def __init__(self) -> None:
+        self.class_names = CLASSES
+        self.label_map = {11: 0, 12: 1, 40: 2, 0: -1}
+        self.palette = [(200, 200, 200), (90, 90, 200), (200, 30, 30)]
 
 
 def cloud(seed: int, count: int = 200) -> Points:

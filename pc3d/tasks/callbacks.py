@@ -1,0 +1,213 @@
+"""What a person sees of a run: progress bar, score tables, pictures, and the record of the run beside its checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import RichProgressBar
+from rich.console import Console
+from rich.table import Table
+
+from pc3d.errors import InputError
+from pc3d.metrics import SegmentationScores
+from pc3d.metrics.segmentation import scores_from_confusion
+from pc3d.points import Points
+from pc3d.tasks.record import environment, write_json
+
+
+class ScoreProgressBar(RichProgressBar):
+    """Lightning's rich progress bar with the running mIoU of the epoch (training, validation or test) beside the loss."""
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        items = super().get_metrics(trainer, pl_module)
+        items.pop("v_num", None)
+        metrics = getattr(pl_module, "val_metrics" if trainer.validating else "train_metrics", None)
+        if metrics is not None and metrics.update_called:
+            # From this process's own counts: computing the metric would synchronise all of them at every batch.
+            items["mIoU"] = scores_from_confusion(metrics.confusion).miou_present
+        return items
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        super().on_validation_batch_end(trainer, pl_module, *args)
+        self._update_metrics(trainer, pl_module)
+
+
+class ScoreTable(pl.Callback):
+    """Prints IoU, accuracy and points of every class after each validation and test."""
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._print(trainer, pl_module, "val")
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._print(trainer, pl_module, "test")
+
+    def _print(self, trainer: pl.Trainer, task: pl.LightningModule, stage: str) -> None:
+        if trainer.is_global_zero:
+            title = f"{stage}, epoch {trainer.current_epoch}" if stage == "val" else stage
+            Console().print(score_table(task.scores[stage], task.class_names, title))
+
+
+def score_table(scores: SegmentationScores, class_names: list[str], title: str) -> Table:
+    """A table of one row per class and a line of means."""
+    table = Table(title=f"{title}: mIoU {scores.miou:.3f}", title_justify="left", show_footer=True)
+    table.add_column("class", footer="mean")
+    table.add_column("IoU", footer=f"{scores.miou:.3f}", justify="right")
+    table.add_column("accuracy", footer=f"{scores.macc:.3f} (all points {scores.all_acc:.3f})", justify="right")
+    table.add_column("points", footer=f"{int(scores.confusion.sum()):,}", justify="right")
+    table.add_column("predicted", justify="right")
+    truth, predicted = scores.confusion.sum(1).tolist(), scores.confusion.sum(0).tolist()
+    for i, name in enumerate(class_names):
+        if truth[i] or predicted[i]:
+            table.add_row(name, f"{scores.iou[i]:.3f}", f"{scores.acc[i]:.3f}", f"{truth[i]:,}", f"{predicted[i]:,}")
+        else:
+            table.add_row(name, "absent", "", "0", "0")
+    return table
+
+
+class SavePictures(pl.Callback):
+    """Writes the confusion matrix and the first clouds as input | truth | prediction after each validation and test.
+
+    Files: ``<folder>/{val,test}-confusion.png`` and ``<folder>/{val,test}-<cloud>.png``, each validation replacing the last.
+    Without matplotlib one line says so and the run goes on.
+
+    Args:
+        folder: where the pictures go, default ``pictures`` in the run's folder.
+        clouds: number of clouds drawn.
+        every_n_validations: draw after every n-th validation only.
+    """
+
+    def __init__(self, folder: str | None = None, clouds: int = 3, every_n_validations: int = 1) -> None:
+        if clouds < 0 or every_n_validations < 1:
+            raise InputError(
+                f"SavePictures: clouds {clouds} must be >= 0, every_n_validations {every_n_validations} >= 1"
+            )
+        self.folder = folder
+        self.clouds = clouds
+        self.every_n_validations = every_n_validations
+        self.written: list[Path] = []
+        self._kept: list[tuple[Points, torch.Tensor]] = []
+        self._validations = 0
+        self._missing_said = False
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._kept = []
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._kept = []
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *args: Any
+    ) -> None:
+        self._keep(trainer, outputs)
+
+    def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *args: Any) -> None:
+        self._keep(trainer, outputs)
+
+    def _keep(self, trainer: pl.Trainer, outputs: Mapping[str, Any]) -> None:
+        """Copy the first clouds with their predictions to the CPU."""
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        batch: Points = outputs["points"]
+        for i in range(min(len(batch), self.clouds - len(self._kept))):
+            start, end = batch.offsets[i : i + 2].tolist()
+            self._kept.append((batch[i].cpu(), outputs["prediction"][start:end].cpu()))
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        self._validations += 1
+        if self._validations % self.every_n_validations == 0:
+            self._write(trainer, pl_module, "val")
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._write(trainer, pl_module, "test")
+
+    def _write(self, trainer: pl.Trainer, task: pl.LightningModule, stage: str) -> None:
+        if not trainer.is_global_zero:
+            return
+        from pc3d.viz.figures import save_confusion_matrix, save_triptych
+
+        folder = Path(self.folder) if self.folder else run_folder(trainer) / "pictures"
+        try:
+            written = [
+                save_confusion_matrix(folder / f"{stage}-confusion.png", task.scores[stage].confusion, task.class_names)
+            ]
+            for i, (cloud, prediction) in enumerate(self._kept):
+                name = Path(str(cloud.meta[0].get("name", i))).name
+                path = folder / f"{stage}-{name}.png"
+                truth = cloud.get("segment")
+                written.append(save_triptych(path, cloud, truth, prediction, task.palette, task.class_names))
+        except InputError as error:
+            if not self._missing_said:
+                Console(stderr=True).print(f"no pictures: {error}", soft_wrap=True)
+            self._missing_said = True
+            return
+        self.written = [path for path in self.written if path not in written] + written
+
+
+class RunRecord(pl.Callback):
+    """Writes what a run is and what it found beside its checkpoints.
+
+    ``run.json``: configuration, code revision, environment, seed and start; ``summary.json``: latest figures, seconds and
+    paths, rewritten after every validation and test so that a killed run leaves one too.
+
+    Args:
+        config: the resolved configuration as plain values.
+        folder: where the files go, default the run's folder.
+    """
+
+    def __init__(self, config: dict[str, Any] | None = None, folder: str | None = None) -> None:
+        self.config = config
+        self.folder = folder
+        self.figures: dict[str, float] = {}
+        self._start = time.time()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if trainer.is_global_zero and stage == "fit":
+            self._start = time.time()
+            started = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(self._start))
+            record = {"started": started, "seed": torch.initial_seed(), **environment(), "config": self.config}
+            write_json(self._folder(trainer) / "run.json", record)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._summarise(trainer)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._summarise(trainer)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._summarise(trainer)
+
+    def _folder(self, trainer: pl.Trainer) -> Path:
+        return Path(self.folder) if self.folder else run_folder(trainer)
+
+    def _summarise(self, trainer: pl.Trainer) -> None:
+        if not trainer.is_global_zero:
+            return
+        self.figures |= {name: float(value) for name, value in trainer.callback_metrics.items()}
+        saver = trainer.checkpoint_callback
+        pictures = [
+            path for callback in trainer.callbacks if isinstance(callback, SavePictures) for path in callback.written
+        ]
+        summary = {
+            **self.figures,
+            "seconds": round(time.time() - self._start, 1),
+            "epochs": trainer.current_epoch,
+            "steps": trainer.global_step,
+            "best_checkpoint": getattr(saver, "best_model_path", "") or None,
+            "last_checkpoint": getattr(saver, "last_model_path", "") or None,
+            "pictures": [str(path) for path in pictures],
+        }
+        write_json(self._folder(trainer) / "summary.json", summary)
+
+
+def run_folder(trainer: pl.Trainer) -> Path:
+    """The folder a run writes to: its logger's, or the trainer's root."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
