@@ -2,5 +2,9 @@
 #include <nanobind/nanobind.h>
 
 namespace pc3d {
+void register_conv(nanobind::module_ &m);
+void register_segment(nanobind::module_ &m);
+void register_lzf(nanobind::module_ &m);
 void register_threads(nanobind::module_ &m);
+void register_voxelize(nanobind::module_ &m);
 }  // namespace pc3d

@@ -1,8 +1,10 @@
 """Sparse convolution over a kernel map: forward and gradients, for every layer of ``pc3d.sparse``.
 
 Forward ``Y[o] = sum_k X[i] W_k``, input gradient ``dX[i] = sum_k dY[o] W_k^T`` and weight gradient
-``dW_k = sum X[i]^T dY[o]`` over the pairs ``(i, o)`` of the map. Results do not depend on the number of threads: each
-kernel offset is one single-threaded matrix product, added to the output in ascending order of the offsets.
+``dW_k = sum X[i]^T dY[o]`` over the pairs ``(i, o)`` of the map. On the CPU, float32 and half tensors go to the C++
+kernels, which work tile by tile of the output; everything else goes to the plain-PyTorch reference. Results do not
+depend on the number of threads: the kernels give every sum one owner and one order, and in the reference each kernel
+offset is one single-threaded matrix product, added to the output in ascending order of the offsets.
 """
 
 from __future__ import annotations
@@ -10,12 +12,18 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pc3d.ops.backend import cpu_kernels
 from pc3d.ops.kernel_map import KernelMap
+
+# Pairs as the kernels want them: gathered rows, rows added to, first pair of every group of rows; see `_plan`.
+Plan = list[Tensor]
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def sparse_conv(feat: Tensor, weight: Tensor, kmap: KernelMap, bias: Tensor | None = None) -> Tensor:
@@ -49,13 +57,28 @@ def sparse_conv(feat: Tensor, weight: Tensor, kmap: KernelMap, bias: Tensor | No
         feat, weight, bias = feat.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if feat.dtype != weight.dtype:
         raise ValueError(f"feat is {feat.dtype}, weight {weight.dtype}: cast one of them, or use autocast")
-    return _sparse_conv(feat, weight, bias, kmap.in_rows, kmap.out_rows, kmap.offsets, kmap.num_out)
+    plan, inverse_plan = _plans(feat, kmap)
+    return _sparse_conv(feat, weight, bias, kmap.in_rows, kmap.out_rows, kmap.offsets, kmap.num_out, plan, inverse_plan)
 
 
 @torch.library.custom_op("pc3d::sparse_conv", mutates_args=())
 def _sparse_conv(
-    feat: Tensor, weight: Tensor, bias: Tensor | None, in_rows: Tensor, out_rows: Tensor, offsets: Tensor, num_out: int
+    feat: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_rows: Tensor,
+    out_rows: Tensor,
+    offsets: Tensor,
+    num_out: int,
+    plan: Plan,
+    inverse_plan: Plan,
 ) -> Tensor:
+    kernels = _kernels(feat, plan)
+    if kernels is not None:
+        out = feat.new_empty(num_out, weight.shape[2], dtype=torch.float32)
+        first = None if bias is None else _plain(bias)
+        kernels.conv_forward(_plain(feat), _plain(weight, strided=True), first, *plan, out)
+        return out.to(feat.dtype)
     wide = _accumulation_dtype(feat.dtype)
     out = feat.new_zeros(num_out, weight.shape[2], dtype=wide)
     with _one_thread(feat):
@@ -69,8 +92,15 @@ def _sparse_conv(
 
 
 @torch.library.custom_op("pc3d::sparse_conv_weight_grad", mutates_args=())
-def _weight_grad(feat: Tensor, grad: Tensor, in_rows: Tensor, out_rows: Tensor, offsets: Tensor) -> Tensor:
+def _weight_grad(
+    feat: Tensor, grad: Tensor, in_rows: Tensor, out_rows: Tensor, offsets: Tensor, plan: Plan, inverse_plan: Plan
+) -> Tensor:
     """``(K, Cin, Cout)``: ``sum feat[i]^T grad[o]`` over the pairs of each kernel offset."""
+    kernels = _kernels(feat, plan)
+    if kernels is not None:
+        out = feat.new_empty(len(offsets) - 1, feat.shape[1], grad.shape[1], dtype=torch.float32)
+        kernels.conv_weight_grad(_plain(feat), _plain(grad), in_rows.contiguous(), out_rows.contiguous(), offsets, out)
+        return out.to(feat.dtype)
     wide = _accumulation_dtype(feat.dtype)
     out = feat.new_zeros(len(offsets) - 1, feat.shape[1], grad.shape[1], dtype=wide)
     with _one_thread(feat):
@@ -89,13 +119,23 @@ def _sum_rows(values: Tensor) -> Tensor:
 
 @_sparse_conv.register_fake
 def _(
-    feat: Tensor, weight: Tensor, bias: Tensor | None, in_rows: Tensor, out_rows: Tensor, offsets: Tensor, num_out: int
+    feat: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_rows: Tensor,
+    out_rows: Tensor,
+    offsets: Tensor,
+    num_out: int,
+    plan: Plan,
+    inverse_plan: Plan,
 ) -> Tensor:
     return feat.new_empty(num_out, weight.shape[2])
 
 
 @_weight_grad.register_fake
-def _(feat: Tensor, grad: Tensor, in_rows: Tensor, out_rows: Tensor, offsets: Tensor) -> Tensor:
+def _(
+    feat: Tensor, grad: Tensor, in_rows: Tensor, out_rows: Tensor, offsets: Tensor, plan: Plan, inverse_plan: Plan
+) -> Tensor:
     return feat.new_empty(len(offsets) - 1, feat.shape[1], grad.shape[1])
 
 
@@ -105,34 +145,38 @@ def _(values: Tensor) -> Tensor:
 
 
 def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    feat, weight, bias, in_rows, out_rows, offsets, _ = inputs
-    ctx.save_for_backward(feat, weight, in_rows, out_rows, offsets)
-    ctx.has_bias = bias is not None
+    feat, weight, bias, in_rows, out_rows, offsets, _, plan, inverse_plan = inputs
+    ctx.save_for_backward(feat, weight, in_rows, out_rows, offsets, *plan, *inverse_plan)
+    ctx.has_bias, ctx.plan_length = bias is not None, len(plan)
 
 
-def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    feat, weight, in_rows, out_rows, offsets = ctx.saved_tensors
+def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    feat, weight, in_rows, out_rows, offsets, *plans = ctx.saved_tensors
+    plan, inverse_plan = plans[: ctx.plan_length], plans[ctx.plan_length :]
     grad_feat = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
-        transposed = weight.transpose(1, 2).contiguous()
-        grad_feat = _sparse_conv(grad, transposed, None, out_rows, in_rows, offsets, len(feat))
+        transposed = weight.transpose(1, 2)
+        grad_feat = _sparse_conv(grad, transposed, None, out_rows, in_rows, offsets, len(feat), inverse_plan, plan)
     if ctx.needs_input_grad[1]:
-        grad_weight = _weight_grad(feat, grad, in_rows, out_rows, offsets)
+        grad_weight = _weight_grad(feat, grad, in_rows, out_rows, offsets, plan, inverse_plan)
     if ctx.has_bias and ctx.needs_input_grad[2]:
         grad_bias = _sum_rows(grad)
-    return grad_feat, grad_weight, grad_bias, None, None, None, None
+    return grad_feat, grad_weight, grad_bias, None, None, None, None, [None] * len(plan), [None] * len(inverse_plan)
 
 
 def _weight_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    *tensors, plan, inverse_plan = inputs
+    ctx.save_for_backward(*tensors, *plan, *inverse_plan)
+    ctx.plan_length = len(plan)
 
 
-def _weight_grad_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    feat, upstream, in_rows, out_rows, offsets = ctx.saved_tensors
-    transposed = grad.transpose(1, 2).contiguous()
-    grad_feat = _sparse_conv(upstream, transposed, None, out_rows, in_rows, offsets, len(feat))
-    grad_upstream = _sparse_conv(feat, grad, None, in_rows, out_rows, offsets, len(upstream))
-    return grad_feat, grad_upstream, None, None, None
+def _weight_grad_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    feat, upstream, in_rows, out_rows, offsets, *plans = ctx.saved_tensors
+    plan, inverse_plan = plans[: ctx.plan_length], plans[ctx.plan_length :]
+    transposed = grad.transpose(1, 2)
+    grad_feat = _sparse_conv(upstream, transposed, None, out_rows, in_rows, offsets, len(feat), inverse_plan, plan)
+    grad_upstream = _sparse_conv(feat, grad, None, in_rows, out_rows, offsets, len(upstream), plan, inverse_plan)
+    return grad_feat, grad_upstream, None, None, None, [None] * len(plan), [None] * len(inverse_plan)
 
 
 def _sum_rows_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -146,6 +190,48 @@ def _sum_rows_backward(ctx: Any, grad: Tensor) -> Tensor:
 _sparse_conv.register_autograd(_conv_backward, setup_context=_conv_setup)
 _weight_grad.register_autograd(_weight_grad_backward, setup_context=_weight_grad_setup)
 _sum_rows.register_autograd(_sum_rows_backward, setup_context=_sum_rows_setup)
+
+
+def _plans(feat: Tensor, kmap: KernelMap) -> tuple[Plan, Plan]:
+    """Plans of the map and of its inverse, which only gradients need; empty where the reference serves ``feat``."""
+    kernels = cpu_kernels(feat, kmap.in_rows) if feat.dtype in _KERNEL_DTYPES else None
+    if kernels is None:
+        return [], []
+    if "conv" not in kmap.plans:
+        kmap.plans["conv"] = _plan(kernels, kmap.in_rows, kmap.out_rows, kmap.offsets, kmap.num_in, kmap.num_out)
+    plan = kmap.plans["conv"]
+    if not torch.is_grad_enabled():
+        return plan, []
+    if "conv_inverse" not in kmap.plans:
+        inverse_plan = _plan(kernels, kmap.out_rows, kmap.in_rows, kmap.offsets, kmap.num_out, kmap.num_in)
+        kmap.plans["conv_inverse"] = inverse_plan
+    return plan, kmap.plans["conv_inverse"]
+
+
+def _plan(kernels: ModuleType, gather: Tensor, scatter: Tensor, offsets: Tensor, sources: int, rows: int) -> Plan:
+    """Pairs grouped, under each kernel offset, by runs of rows added to; the pairs themselves where they already are.
+
+    Raises:
+        ValueError: if the map names a row that does not exist, or one row twice under an offset.
+    """
+    gather, scatter = gather.contiguous(), scatter.contiguous()
+    granules = -(-rows // kernels.CONV_GRANULE)
+    starts = torch.empty(len(offsets) - 1, granules + 1, dtype=torch.int64)
+    if kernels.conv_plan_starts(gather, scatter, offsets, sources, rows, starts):
+        return [gather, scatter, starts]
+    grouped_gather, grouped_scatter = torch.empty_like(gather), torch.empty_like(scatter)
+    kernels.conv_plan_pairs(gather, scatter, offsets, starts, grouped_gather, grouped_scatter)
+    return [grouped_gather, grouped_scatter, starts]
+
+
+def _kernels(feat: Tensor, plan: Plan) -> ModuleType | None:
+    return cpu_kernels(feat, *plan) if plan and feat.dtype in _KERNEL_DTYPES else None
+
+
+def _plain(tensor: Tensor, strided: bool = False) -> Tensor:
+    """What the kernels read: float32, without autograd, contiguous unless ``strided``."""
+    tensor = tensor.detach().float()
+    return tensor if strided else tensor.contiguous()
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,0 +1,301 @@
+// Sparse convolution on the CPU: plans, the parallel loops around the micro-kernels, and the Python functions.
+//
+// Output rows are cut into tiles; one thread owns a tile (or some columns of it) and adds the products of every kernel
+// offset to it in ascending order. The weight gradient has one owner per kernel offset, fixed chunk of pairs and block of
+// input channels; chunks are added in order. No sum depends on the number of threads.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <atomic>
+#include <bitset>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "conv_kernels.h"
+#include "module.h"
+#include "parallel.h"
+
+namespace nb = nanobind;
+
+namespace pc3d {
+namespace {
+
+template <class T, int Dimensions>
+using Array = nb::ndarray<T, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>;
+template <class T, int Dimensions>
+using StridedArray = nb::ndarray<T, nb::ndim<Dimensions>, nb::device::cpu>;
+
+constexpr int64_t kTileFloats = 64 * 1024;  // output floats of a tile: half of a 512 KiB second-level cache
+constexpr int64_t kTileGranules = 4;        // at most 512 rows
+constexpr int64_t kTasksPerThread = 4;
+constexpr int64_t kLeastChunk = 4096;       // pairs of one weight-gradient task, at least
+constexpr int64_t kMostChunks = 64;         // and chunks of all offsets together, beside one per offset, at most
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+std::vector<const ConvKernels *> usable_kernels() {
+  std::vector<const ConvKernels *> usable;
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && conv_kernels_avx512())
+    usable.push_back(conv_kernels_avx512());
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && conv_kernels_avx2())
+    usable.push_back(conv_kernels_avx2());
+#endif
+  usable.push_back(conv_kernels_generic());
+  return usable;
+}
+
+// Fastest first; an empty name means the fastest.
+const ConvKernels &find_kernels(const std::string &isa) {
+  static const std::vector<const ConvKernels *> usable = usable_kernels();
+  for (const ConvKernels *kernels : usable)
+    if (isa.empty() || isa == kernels->name) return *kernels;
+  throw std::invalid_argument("this CPU or build has no '" + isa + "' kernels");
+}
+
+// Memory that one calling thread keeps between calls: fresh pages would cost as much as packing the weights.
+float *workspace(int64_t floats) {
+  struct Free {
+    void operator()(float *p) const { ::operator delete[](p, std::align_val_t(64)); }
+  };
+  thread_local std::unique_ptr<float, Free> memory;
+  thread_local int64_t size = 0;
+  if (floats > size) {
+    memory.reset();
+    size = 0;
+    memory.reset(static_cast<float *>(::operator new[](floats * sizeof(float), std::align_val_t(64))));
+    size = floats;
+  }
+  return memory.get();
+}
+
+void require(bool condition, const char *message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+void check_offsets(const int64_t *offsets, int64_t kernel_volume, int64_t pairs) {
+  bool valid = offsets[0] == 0 && offsets[kernel_volume] == pairs;
+  for (int64_t k = 0; k < kernel_volume; ++k) valid = valid && offsets[k] <= offsets[k + 1];
+  require(valid, "kernel map: offsets must ascend from 0 to the number of pairs");
+}
+
+// Counts the pairs of every (offset, granule of `scatter`) into `starts`, and tells whether the pairs are already grouped
+// by granule. Throws when a row is out of range.
+bool count_granules(const int32_t *gather, const int32_t *scatter, const int64_t *offsets, int64_t kernel_volume,
+                    int64_t sources, int64_t rows, int64_t *starts) {
+  const int64_t granules = ceil_div(rows, kGranule);
+  std::atomic<bool> grouped{true}, valid{true};
+  parallel_tasks(kernel_volume, [&](int64_t k) {
+    int64_t *row = starts + k * (granules + 1);
+    std::fill(row, row + granules + 1, 0);
+    int64_t previous = 0;
+    for (int64_t p = offsets[k]; p < offsets[k + 1]; ++p) {
+      if (gather[p] < 0 || gather[p] >= sources || scatter[p] < 0 || scatter[p] >= rows) {
+        valid = false;
+        return;
+      }
+      const int64_t granule = scatter[p] / kGranule;
+      if (granule < previous) grouped = false;
+      previous = granule;
+      ++row[granule];
+    }
+    int64_t start = offsets[k];
+    for (int64_t granule = 0; granule <= granules; ++granule) {
+      const int64_t count = row[granule];
+      row[granule] = start;
+      start += count;
+    }
+  });
+  require(valid, "kernel map: a row number lies outside the voxels");
+  return grouped;
+}
+
+// Stable: inside a granule pairs keep their order, which is ascending in the rows they gather.
+void group_pairs(const int32_t *gather, const int32_t *scatter, const int64_t *offsets, int64_t kernel_volume,
+                 int64_t granules, const int64_t *starts, int32_t *grouped_gather, int32_t *grouped_scatter) {
+  parallel_tasks(kernel_volume, [&](int64_t k) {
+    const int64_t *row = starts + k * (granules + 1);
+    std::vector<int64_t> next(row, row + granules);
+    for (int64_t p = offsets[k]; p < offsets[k + 1]; ++p) {
+      const int64_t to = next[scatter[p] / kGranule]++;
+      grouped_gather[to] = gather[p];
+      grouped_scatter[to] = scatter[p];
+    }
+  });
+}
+
+// A register block adds to several rows at once, so a row may occur only once under an offset.
+void check_unique(const int32_t *scatter, int64_t kernel_volume, int64_t granules, const int64_t *starts) {
+  std::atomic<bool> unique{true};
+  parallel_tasks(kernel_volume, [&](int64_t k) {
+    const int64_t *row = starts + k * (granules + 1);
+    for (int64_t granule = 0; granule < granules; ++granule) {
+      std::bitset<kGranule> seen;
+      for (int64_t p = row[granule]; p < row[granule + 1]; ++p) seen.set(scatter[p] % kGranule);
+      if (static_cast<int64_t>(seen.count()) != row[granule + 1] - row[granule]) unique = false;
+    }
+  });
+  require(unique, "kernel map: a row occurs twice under one kernel offset");
+}
+
+bool plan_starts(Array<const int32_t, 1> gather, Array<const int32_t, 1> scatter, Array<const int64_t, 1> offsets,
+                 int64_t sources, int64_t rows, Array<int64_t, 2> starts) {
+  require(gather.shape(0) == scatter.shape(0), "kernel map: in_rows and out_rows differ in length");
+  require(offsets.shape(0) == starts.shape(0) + 1 && static_cast<int64_t>(starts.shape(1)) == ceil_div(rows, kGranule) + 1,
+          "starts must be (K, granules + 1)");
+  nb::gil_scoped_release release;
+  const int64_t kernel_volume = starts.shape(0), granules = starts.shape(1) - 1;
+  check_offsets(offsets.data(), kernel_volume, gather.shape(0));
+  const bool grouped =
+      count_granules(gather.data(), scatter.data(), offsets.data(), kernel_volume, sources, rows, starts.data());
+  if (grouped) check_unique(scatter.data(), kernel_volume, granules, starts.data());
+  return grouped;
+}
+
+void plan_pairs(Array<const int32_t, 1> gather, Array<const int32_t, 1> scatter, Array<const int64_t, 1> offsets,
+                Array<const int64_t, 2> starts, Array<int32_t, 1> grouped_gather, Array<int32_t, 1> grouped_scatter) {
+  require(grouped_gather.shape(0) == gather.shape(0) && grouped_scatter.shape(0) == gather.shape(0),
+          "grouped rows must be as long as the pairs");
+  nb::gil_scoped_release release;
+  const int64_t kernel_volume = starts.shape(0), granules = starts.shape(1) - 1;
+  group_pairs(gather.data(), scatter.data(), offsets.data(), kernel_volume, granules, starts.data(), grouped_gather.data(),
+              grouped_scatter.data());
+  check_unique(grouped_scatter.data(), kernel_volume, granules, starts.data());
+}
+
+void pack_weights(const ConvKernels &kernels, const StridedArray<const float, 3> &weight, const ConvProduct &p, float *packed) {
+  const int64_t strips = ceil_div(p.cout, kernels.strip), size = p.cin * kernels.strip;
+  parallel_tasks(p.kernel_volume * strips, [&](int64_t i) {
+    const int64_t k = i / strips;
+    const int64_t *starts = p.starts + k * (p.granules + 1);
+    if (starts[0] < starts[p.granules])
+      kernels.pack(weight.data() + k * weight.stride(0), weight.stride(1), weight.stride(2), p.cin, p.cout, i % strips, packed + i * size);
+  });
+}
+
+void run_tiles(const ConvKernels &kernels, const ConvProduct &p) {
+  const int64_t strips = ceil_div(p.cout, kernels.strip), wanted = num_threads() > 1 ? num_threads() * kTasksPerThread : 1;
+  int64_t tile = std::clamp<int64_t>(kTileFloats / (p.cout * kGranule), 1, kTileGranules), split = 1;
+  while (tile > 1 && ceil_div(p.granules, tile) < wanted) tile /= 2;
+  const int64_t tiles = ceil_div(p.granules, tile);
+  while (tiles * split < wanted && split * 2 <= strips) split *= 2;
+  parallel_tasks(tiles * split, [&](int64_t i) {
+    const int64_t first = i / split * tile, part = i % split;
+    kernels.tile(p, first, std::min(first + tile, p.granules), strips * part / split, strips * (part + 1) / split);
+  });
+}
+
+void conv_forward(Array<const float, 2> x, StridedArray<const float, 3> weight, std::optional<Array<const float, 1>> bias,
+                  Array<const int32_t, 1> gather, Array<const int32_t, 1> scatter, Array<const int64_t, 2> starts,
+                  Array<float, 2> y, const std::string &isa) {
+  const ConvKernels &kernels = find_kernels(isa);
+  ConvProduct p{};
+  p.x = x.data(), p.y = y.data(), p.bias = bias ? bias->data() : nullptr;
+  p.gather = gather.data(), p.scatter = scatter.data(), p.starts = starts.data();
+  p.kernel_volume = starts.shape(0), p.granules = starts.shape(1) - 1;
+  p.rows = y.shape(0), p.cin = x.shape(1), p.cout = y.shape(1);
+  require(static_cast<int64_t>(weight.shape(0)) == p.kernel_volume && static_cast<int64_t>(weight.shape(1)) == p.cin &&
+              static_cast<int64_t>(weight.shape(2)) == p.cout && (!bias || static_cast<int64_t>(bias->shape(0)) == p.cout),
+          "weight or bias does not fit the features");
+  require(p.granules == ceil_div(p.rows, kGranule) && gather.shape(0) == scatter.shape(0), "the plan is of another map");
+  nb::gil_scoped_release release;
+  if (p.rows == 0 || p.cout == 0) return;
+  float *packed = workspace(p.kernel_volume * ceil_div(p.cout, kernels.strip) * kernels.strip * p.cin);
+  pack_weights(kernels, weight, p, packed);
+  p.weights = packed;
+  run_tiles(kernels, p);
+}
+
+// One chunk of the pairs of one kernel offset; the first chunk of an offset writes to the result, the others to scratch.
+struct Chunk {
+  int64_t kernel, begin, end;
+  float *out;
+};
+
+std::vector<Chunk> make_chunks(const int64_t *offsets, int64_t kernel_volume, int64_t matrix, float *out) {
+  const int64_t length = std::max(kLeastChunk, ceil_div(offsets[kernel_volume], kMostChunks));
+  std::vector<Chunk> chunks;
+  for (int64_t k = 0; k < kernel_volume; ++k) {
+    const int64_t pairs = offsets[k + 1] - offsets[k], parts = std::max<int64_t>(1, ceil_div(pairs, length));
+    for (int64_t i = 0; i < parts; ++i)
+      chunks.push_back({k, offsets[k] + pairs * i / parts, offsets[k] + pairs * (i + 1) / parts, i ? nullptr : out + k * matrix});
+  }
+  const int64_t extra = std::count_if(chunks.begin(), chunks.end(), [](const Chunk &c) { return !c.out; });
+  float *scratch = extra ? workspace(extra * matrix) : nullptr;
+  for (Chunk &chunk : chunks) {
+    if (chunk.out) continue;
+    chunk.out = scratch;
+    scratch += matrix;
+  }
+  return chunks;
+}
+
+void add_chunks(const std::vector<Chunk> &chunks, int64_t cin, int64_t cout, float *out) {
+  parallel_tasks(cin, [&](int64_t row) {
+    for (const Chunk &chunk : chunks) {
+      float *to = out + (chunk.kernel * cin + row) * cout;
+      const float *from = chunk.out + row * cout;
+      if (from == to) continue;
+      for (int64_t j = 0; j < cout; ++j) to[j] += from[j];
+    }
+  });
+}
+
+void conv_weight_grad(Array<const float, 2> x, Array<const float, 2> g, Array<const int32_t, 1> in_rows,
+                      Array<const int32_t, 1> out_rows, Array<const int64_t, 1> offsets, Array<float, 3> out,
+                      const std::string &isa) {
+  const ConvKernels &kernels = find_kernels(isa);
+  const int64_t kernel_volume = out.shape(0), cin = x.shape(1), cout = g.shape(1);
+  require(static_cast<int64_t>(offsets.shape(0)) == kernel_volume + 1 && static_cast<int64_t>(out.shape(1)) == cin &&
+              static_cast<int64_t>(out.shape(2)) == cout && in_rows.shape(0) == out_rows.shape(0),
+          "the gradient does not fit the features");
+  nb::gil_scoped_release release;
+  check_offsets(offsets.data(), kernel_volume, in_rows.shape(0));
+  const std::vector<Chunk> chunks = make_chunks(offsets.data(), kernel_volume, cin * cout, out.data());
+  const int64_t blocks = ceil_div(cin, kernels.cin_block);
+  parallel_tasks(static_cast<int64_t>(chunks.size()) * blocks, [&](int64_t i) {
+    const Chunk &chunk = chunks[i / blocks];
+    const int64_t first = i % blocks * kernels.cin_block;
+    kernels.weight_grad({x.data(), g.data(), in_rows.data() + chunk.begin, out_rows.data() + chunk.begin,
+                         chunk.end - chunk.begin, cin, cout, chunk.out},
+                        first, std::min(first + kernels.cin_block, cin));
+  });
+  if (static_cast<int64_t>(chunks.size()) > kernel_volume) add_chunks(chunks, cin, cout, out.data());
+}
+
+std::vector<std::string> conv_isas() {
+  std::vector<std::string> names;
+  for (const ConvKernels *kernels : usable_kernels()) names.emplace_back(kernels->name);
+  return names;
+}
+
+}  // namespace
+
+void register_conv(nb::module_ &m) {
+  m.attr("CONV_GRANULE") = kGranule;
+  m.def("conv_isas", &conv_isas, "Instruction sets of the convolution kernels usable here, fastest first.");
+  m.def("conv_plan_starts", &plan_starts, nb::arg("gather"), nb::arg("scatter"), nb::arg("offsets"), nb::arg("sources"),
+        nb::arg("rows"), nb::arg("starts"),
+        "Fills `starts` (K, granules + 1) with the first pair of every granule of `scatter` rows and checks the map; False "
+        "when the pairs still have to be grouped by conv_plan_pairs.");
+  m.def("conv_plan_pairs", &plan_pairs, nb::arg("gather"), nb::arg("scatter"), nb::arg("offsets"), nb::arg("starts"),
+        nb::arg("grouped_gather"), nb::arg("grouped_scatter"), "Groups the pairs of each offset by granule, stable.");
+  m.def("conv_forward", &conv_forward, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("gather"),
+        nb::arg("scatter"), nb::arg("starts"), nb::arg("y"), nb::arg("isa") = "",
+        "y[scatter[p]] = bias + sum of x[gather[p]] W_k over a plan checked by conv_plan_starts; float32.");
+  m.def("conv_weight_grad", &conv_weight_grad, nb::arg("x"), nb::arg("g"), nb::arg("in_rows"), nb::arg("out_rows"),
+        nb::arg("offsets"), nb::arg("out"), nb::arg("isa") = "",
+        "out[k] = sum of x[in_rows[p]]^T g[out_rows[p]] over the pairs of every offset; float32.");
+}
+
+}  // namespace pc3d

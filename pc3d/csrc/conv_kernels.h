@@ -1,0 +1,51 @@
+// The inner products of sparse convolution, compiled once per instruction set and picked at run time.
+#pragma once
+
+#include <stdint.h>
+
+namespace pc3d {
+
+// Rows of the finest destination group: a plan can start a tile at any multiple of it.
+constexpr int64_t kGranule = 128;
+
+// y[scatter[p]] += x[gather[p]] W_k over the pairs p of every kernel offset k. `starts` holds, for each offset, the first
+// pair of every granule of destination rows: (offsets, granules + 1).
+struct ConvProduct {
+  const float *x;        // (source rows, cin)
+  float *y;              // (rows, cout)
+  const float *weights;  // packed per offset: strips of `strip` columns, (strips, cin, strip), zero-padded columns
+  const float *bias;     // (cout) or null
+  const int32_t *gather;
+  const int32_t *scatter;
+  const int64_t *starts;
+  int64_t kernel_volume, granules, rows, cin, cout;
+};
+
+// Part of dW_k = sum over the pairs p of x[in_rows[p]]^T g[out_rows[p]].
+struct WeightGradPart {
+  const float *x;  // (inputs, cin)
+  const float *g;  // (outputs, cout)
+  const int32_t *in_rows;
+  const int32_t *out_rows;
+  int64_t pairs, cin, cout;
+  float *out;  // (cin, cout), overwritten in the rows asked for
+};
+
+struct ConvKernels {
+  const char *name;
+  int64_t strip;      // columns of one packed weight strip
+  int64_t cin_block;  // input channels of one weight-gradient task
+  // Packs columns [s * strip, (s + 1) * strip) of the (cin, cout) matrix with element (i, j) at w[i * row + j * column].
+  void (*pack)(const float *w, int64_t row, int64_t column, int64_t cin, int64_t cout, int64_t s, float *packed);
+  // All offsets of the destination granules [first, last) and the column strips [strip_first, strip_last).
+  void (*tile)(const ConvProduct &product, int64_t first, int64_t last, int64_t strip_first, int64_t strip_last);
+  // The rows [first, last) of the weight gradient, at most cin_block of them.
+  void (*weight_grad)(const WeightGradPart &part, int64_t first, int64_t last);
+};
+
+// Null where the compiler was not given the instruction set. The caller checks that the CPU has it.
+const ConvKernels *conv_kernels_avx512();
+const ConvKernels *conv_kernels_avx2();
+const ConvKernels *conv_kernels_generic();
+
+}  // namespace pc3d
