@@ -1,7 +1,7 @@
 """SparseUNet: the residual sparse-convolution U-Net of Pointcept (SpUNet-v1m1), with the topology of MinkUNet34C.
 
 Choy et al. 2019, "4D Spatio-Temporal ConvNets" (arXiv 1904.08755); Pointcept, ``SpUNet-v1m1`` on spconv 2.x. Modules
-carry the names of the published checkpoints; :mod:`pc3d.models.convert.spunet` reads and writes them.
+carry the names of the published checkpoints; :mod:`pc3d.models.convert` reads and writes them.
 """
 
 from __future__ import annotations

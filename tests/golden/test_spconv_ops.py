@@ -45,7 +45,7 @@ def input_grid(golden: Golden, feat: Tensor) -> Voxels:
 
 def close(actual: Tensor, golden: Golden, name: str) -> None:
     expected = golden.tensor(name)
-    assert_close(actual, expected, rtol=0, atol=1e-5 * max(1.0, float(expected.abs().max())))
+    assert_close(actual, expected, rtol=0, atol=1e-6 + 1e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("golden", golden_files("spconv-ops"))

@@ -1,0 +1,104 @@
+"""How other libraries store sparse convolution kernels, and conversion to and from ``(K, Cin, Cout)``.
+
+Here the kernel offsets are row-major, x slowest and z fastest. Formulas checked against the engines: see
+:class:`KernelLayout`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+
+from torch import Tensor
+
+from pc3d.errors import InputError
+from pc3d.sparse import SparseConv3d, SparseConvolution, SubMConv3d
+
+
+class KernelLayout(Enum):
+    """Axes of a stored kernel, from slowest to fastest. Axes of size k are in the order of the coordinate columns.
+
+    ``KRSC`` is spconv 2.2 and later ``(Cout, kx, ky, kz, Cin)``, ``RSCK`` spconv 1.x ``(kx, ky, kz, Cin, Cout)`` and
+    ``RSKC`` some spconv 2.0 and 2.1 ``(kx, ky, kz, Cout, Cin)``. MinkowskiEngine stores ``(K, Cin, Cout)`` with x fastest;
+    TorchSparse does the same for an odd kernel volume and has z fastest for an even one.
+    """
+
+    KRSC = "KRSC"
+    RSCK = "RSCK"
+    RSKC = "RSKC"
+    MINKOWSKI = "MinkowskiEngine"
+    TORCHSPARSE = "TorchSparse"
+
+
+# Axes of (kx, ky, kz, Cin, Cout) in the stored order.
+_AXES = {
+    KernelLayout.KRSC: (4, 0, 1, 2, 3),
+    KernelLayout.RSCK: (0, 1, 2, 3, 4),
+    KernelLayout.RSKC: (0, 1, 2, 4, 3),
+    KernelLayout.MINKOWSKI: (2, 1, 0, 3, 4),
+}
+_FLAT = (KernelLayout.MINKOWSKI, KernelLayout.TORCHSPARSE)
+
+
+def stored_shape(conv: SparseConvolution, layout: KernelLayout) -> tuple[int, ...]:
+    """Shape of this layer's kernel in another library."""
+    volume, sizes = len(conv.weight), (*conv.kernel_size, conv.in_channels, conv.out_channels)
+    if layout in _FLAT:
+        return sizes[3:] if volume == 1 else (volume, *sizes[3:])
+    return tuple(sizes[axis] for axis in _AXES[layout])
+
+
+def read_kernel(stored: Tensor, conv: SparseConvolution, layout: KernelLayout) -> Tensor:
+    """``(K, Cin, Cout)`` from a kernel of :func:`stored_shape`.
+
+    Pointwise layers of spconv are the exception: it multiplies by the raw buffer seen as ``(Cin, Cout)``, whatever the
+    declared axes, so their memory is read in that order and nothing is transposed.
+    """
+    if _is_pointwise(conv):
+        return stored.reshape(conv.weight.shape)
+    axes = _axes(conv, layout)
+    sizes = (*conv.kernel_size, conv.in_channels, conv.out_channels)
+    order = sorted(range(5), key=axes.__getitem__)
+    return stored.reshape([sizes[axis] for axis in axes]).permute(order).reshape(conv.weight.shape)
+
+
+def write_kernel(weight: Tensor, conv: SparseConvolution, layout: KernelLayout) -> Tensor:
+    """The exact inverse of :func:`read_kernel`."""
+    shape = stored_shape(conv, layout)
+    if _is_pointwise(conv):
+        return weight.reshape(shape)
+    full = weight.reshape(*conv.kernel_size, conv.in_channels, conv.out_channels)
+    return full.permute(_axes(conv, layout)).reshape(shape)
+
+
+def detect_layout(stored: Mapping[str, Tensor], convs: Mapping[str, SparseConvolution]) -> KernelLayout:
+    """The layout that fits the shapes of all kernels, or most of them when none fits all.
+
+    Args:
+        stored: kernels by name.
+        convs: the layers they are meant for, by the same names.
+
+    Raises:
+        InputError: if the shapes leave a choice, e.g. because every layer has as many input as output channels.
+    """
+    fits = {
+        layout: sum(tuple(stored[name].shape) == stored_shape(conv, layout) for name, conv in convs.items())
+        for layout in KernelLayout
+    }
+    best = [layout for layout, count in fits.items() if count == max(fits.values())]
+    if len(best) > 1 and max(fits.values()):
+        names = ", ".join(layout.value for layout in best)
+        raise InputError(f"checkpoint: the kernel shapes fit several layouts ({names}); say which with layout=")
+    return best[0]
+
+
+def _is_pointwise(conv: SparseConvolution) -> bool:
+    if isinstance(conv, SparseConv3d) and conv.window.stride != (1, 1, 1):
+        return False
+    return conv.kernel_size == (1, 1, 1) and isinstance(conv, (SubMConv3d, SparseConv3d))
+
+
+def _axes(conv: SparseConvolution, layout: KernelLayout) -> tuple[int, ...]:
+    if layout is not KernelLayout.TORCHSPARSE:
+        return _AXES[layout]
+    return _AXES[KernelLayout.MINKOWSKI if len(conv.weight) % 2 else KernelLayout.RSCK]
