@@ -49,7 +49,7 @@ class Configurable:
         cls.__init__ = recording  # type: ignore[method-assign]
 
     def to_config(self) -> dict[str, Any]:
-        """``{"class_path": ..., "init_args": {...}}`` of plain values, for JSON and YAML; :func:`instantiate` reads it."""
+        """``{"class_path": ..., "init_args": {...}}`` of plain values, as :func:`instantiate` reads it."""
         if dataclasses.is_dataclass(self):
             given = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.init}
         else:

@@ -1,4 +1,4 @@
-"""What a person sees of a run: progress bar, score tables, pictures, and the record of the run beside its checkpoints."""
+"""What a person sees of a run: progress bar, score tables, pictures, and its record beside the checkpoints."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from pc3d.metrics import SegmentationScores
 from pc3d.metrics.segmentation import scores_from_confusion
 from pc3d.points import Points
 from pc3d.tasks.record import environment, write_json
+from pc3d.tasks.segmentation import SemanticSegmentation
 
 
 class ScoreProgressBar(RichProgressBar):
-    """Lightning's rich progress bar with the running mIoU of the epoch (training, validation or test) beside the loss."""
+    """Lightning's rich progress bar with the running mIoU of the training or validation epoch beside the loss."""
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         items = super().get_metrics(trainer, pl_module)
@@ -47,7 +48,8 @@ class ScoreTable(pl.Callback):
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._print(trainer, pl_module, "test")
 
-    def _print(self, trainer: pl.Trainer, task: pl.LightningModule, stage: str) -> None:
+    def _print(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        task = _segmentation(pl_module)
         if trainer.is_global_zero:
             title = f"{stage}, epoch {trainer.current_epoch}" if stage == "val" else stage
             Console().print(score_table(task.scores[stage], task.class_names, title))
@@ -73,7 +75,7 @@ def score_table(scores: SegmentationScores, class_names: list[str], title: str) 
 class SavePictures(pl.Callback):
     """Writes the confusion matrix and the first clouds as input | truth | prediction after each validation and test.
 
-    Files: ``<folder>/{val,test}-confusion.png`` and ``<folder>/{val,test}-<cloud>.png``, each validation replacing the last.
+    Files: ``{val,test}-confusion.png`` and ``{val,test}-<cloud>.png``; each validation replaces those of the last.
     Without matplotlib one line says so and the run goes on.
 
     Args:
@@ -128,9 +130,10 @@ class SavePictures(pl.Callback):
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._write(trainer, pl_module, "test")
 
-    def _write(self, trainer: pl.Trainer, task: pl.LightningModule, stage: str) -> None:
+    def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if not trainer.is_global_zero:
             return
+        task = _segmentation(pl_module)
         from pc3d.viz.figures import save_confusion_matrix, save_triptych
 
         folder = Path(self.folder) if self.folder else run_folder(trainer) / "pictures"
@@ -154,8 +157,8 @@ class SavePictures(pl.Callback):
 class RunRecord(pl.Callback):
     """Writes what a run is and what it found beside its checkpoints.
 
-    ``run.json``: configuration, code revision, environment, seed and start; ``summary.json``: latest figures, seconds and
-    paths, rewritten after every validation and test so that a killed run leaves one too.
+    ``run.json``: configuration, code revision, environment, seed and start; ``summary.json``: latest figures, seconds
+    and paths, rewritten after every validation and test so that a killed run leaves one too.
 
     Args:
         config: the resolved configuration as plain values.
@@ -179,10 +182,7 @@ class RunRecord(pl.Callback):
         if not trainer.sanity_checking:
             self._summarise(trainer)
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._summarise(trainer)
-
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._summarise(trainer)
 
     def _folder(self, trainer: pl.Trainer) -> Path:
@@ -192,20 +192,25 @@ class RunRecord(pl.Callback):
         if not trainer.is_global_zero:
             return
         self.figures |= {name: float(value) for name, value in trainer.callback_metrics.items()}
-        saver = trainer.checkpoint_callback
-        pictures = [
-            path for callback in trainer.callbacks if isinstance(callback, SavePictures) for path in callback.written
-        ]
+        checkpoints = trainer.checkpoint_callback
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        savers = [callback for callback in callbacks if isinstance(callback, SavePictures)]
         summary = {
             **self.figures,
             "seconds": round(time.time() - self._start, 1),
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,
-            "best_checkpoint": getattr(saver, "best_model_path", "") or None,
-            "last_checkpoint": getattr(saver, "last_model_path", "") or None,
-            "pictures": [str(path) for path in pictures],
+            "best_checkpoint": getattr(checkpoints, "best_model_path", "") or None,
+            "last_checkpoint": getattr(checkpoints, "last_model_path", "") or None,
+            "pictures": [str(path) for saver in savers for path in saver.written],
         }
         write_json(self._folder(trainer) / "summary.json", summary)
+
+
+def _segmentation(module: pl.LightningModule) -> SemanticSegmentation:
+    if not isinstance(module, SemanticSegmentation):
+        raise InputError(f"this callback reports on semantic segmentation, not on {type(module).__name__}")
+    return module
 
 
 def run_folder(trainer: pl.Trainer) -> Path:

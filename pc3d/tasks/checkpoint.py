@@ -225,7 +225,8 @@ def load_task(
         task.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:
         raise InputError(f"{path}: the weights do not fit the model of the card: {_one_line(error)}") from error
-    task.pipeline, task.palette, task.label_map, task.seed = pipeline, card["palette"], card["label_map"], card["seed"]
+    task.pipeline, task.label_map, task.seed = pipeline, card["label_map"], card["seed"]
+    task.palette = None if card["palette"] is None else [tuple(color) for color in card["palette"]]
     return task.eval(), pipeline, card
 
 

@@ -93,7 +93,7 @@ class SemanticSegmentation(pl.LightningModule, Configurable):
         self.seed: int | None = None
         # What a checkpoint tells about its data; taken from the data module or from the checkpoint.
         self.pipeline: Pipeline | None = None
-        self.palette: Sequence[Sequence[int]] | None = None
+        self.palette: list[tuple[int, int, int]] | None = None
         self.label_map: dict[int, int] | None = None
 
     def forward(self, points: Points) -> Tensor:
