@@ -1,0 +1,75 @@
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "array.h"
+#include "parallel.h"
+
+namespace pc3d {
+
+// Number of bits that hold every value up to `largest`.
+inline int bit_length(uint64_t largest) {
+  int bits = 0;
+  while (bits < 64 && largest >> bits) ++bits;
+  return bits;
+}
+
+// A key and the row it came from; PackedRow holds both in one word where they fit, which halves the traffic of a sort.
+struct KeyedRow {
+  uint64_t key_;
+  int64_t row_;
+  static KeyedRow make(uint64_t key, int64_t row, int) { return {key, row}; }
+  uint64_t key(int) const { return key_; }
+  int64_t row(int) const { return row_; }
+};
+struct PackedRow {
+  uint64_t word;
+  static PackedRow make(uint64_t key, int64_t row, int row_bits) { return {key << row_bits | static_cast<uint64_t>(row)}; }
+  uint64_t key(int row_bits) const { return word >> row_bits; }
+  int64_t row(int row_bits) const { return static_cast<int64_t>(word & ((uint64_t{1} << row_bits) - 1)); }
+};
+
+constexpr int64_t kSortChunk = 1 << 15;  // rows worth a thread of their own
+
+inline int sort_digit_bits(int key_bits, int64_t rows) {
+  const int widest = std::clamp(bit_length(rows) - 3, 6, 11);  // a histogram much longer than the data costs more than a pass
+  const int passes = (key_bits + widest - 1) / widest;
+  return (key_bits + passes - 1) / passes;
+}
+
+// Stable sort by the low `key_bits` bits of the keys, least significant digit first. Stability fixes the result, so it does
+// not depend on the number of threads.
+template <class Item>
+void radix_sort(Buffer<Item> &items, int key_bits, int row_bits) {
+  const int64_t rows = items.size();
+  if (key_bits == 0 || rows < 2) return;
+  const int digit_bits = sort_digit_bits(key_bits, rows);
+  const int64_t buckets = int64_t{1} << digit_bits;
+  const uint64_t mask = static_cast<uint64_t>(buckets - 1);
+  const int64_t chunks = std::clamp<int64_t>(rows / kSortChunk, 1, num_threads());
+  const auto border = [&](int64_t chunk) { return rows * chunk / chunks; };
+  Buffer<Item> other(rows);
+  std::vector<int64_t> starts(chunks * buckets);
+  for (int shift = 0; shift < key_bits; shift += digit_bits) {
+    const auto digit = [&](const Item &item) { return (item.key(row_bits) >> shift) & mask; };
+    std::fill(starts.begin(), starts.end(), 0);
+    parallel_tasks(chunks, [&](int64_t chunk) {
+      int64_t *counts = starts.data() + chunk * buckets;
+      for (int64_t i = border(chunk), end = border(chunk + 1); i < end; ++i) ++counts[digit(items[i])];
+    });
+    int64_t total = 0;
+    for (int64_t bucket = 0; bucket < buckets; ++bucket)
+      for (int64_t chunk = 0; chunk < chunks; ++chunk)
+        total += std::exchange(starts[chunk * buckets + bucket], total);
+    parallel_tasks(chunks, [&](int64_t chunk) {
+      int64_t *next = starts.data() + chunk * buckets;
+      for (int64_t i = border(chunk), end = border(chunk + 1); i < end; ++i) other[next[digit(items[i])]++] = items[i];
+    });
+    std::swap(items, other);
+  }
+}
+
+}  // namespace pc3d
