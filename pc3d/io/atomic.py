@@ -13,10 +13,10 @@ from pc3d.errors import InputError
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside ``path`` to write to; it takes the place of ``path`` when the block ends without an error.
+    """A temporary path beside ``path`` to write to; it replaces ``path`` when the block ends without an error.
 
-    The temporary name keeps the suffix, so that writers which choose a format by suffix choose the same one. Missing parent
-    folders are made. When the block fails, the temporary file is removed and an older ``path`` stays as it was.
+    The temporary name keeps the suffix, so that writers which choose a format by suffix choose the same one. Missing
+    parent folders are made. When the block fails, the temporary file is removed and an older ``path`` stays as it was.
 
     Raises:
         InputError: if the file cannot be written (full disk, no permission, ``path`` is a folder).

@@ -13,7 +13,7 @@ from pc3d.io.table import Array, Table
 _CARTESIAN = ("cartesianX", "cartesianY", "cartesianZ")
 _SPHERICAL = ("sphericalRange", "sphericalAzimuth", "sphericalElevation")
 _NORMAL = ("nor:normalX", "nor:normalY", "nor:normalZ")
-_NAMES = {"colorRed": "red", "colorGreen": "green", "colorBlue": "blue"}
+_COLORS = {"colorRed": "red", "colorGreen": "green", "colorBlue": "blue"}
 _INVALID = ("cartesianInvalidState", "sphericalInvalidState")
 
 
@@ -28,12 +28,11 @@ def read(path: Path) -> Table:
     except ImportError as error:
         raise InputError(f"{path}: E57 is not supported without pye57: pip install pye57") from error
     try:
-        file = pye57.E57(str(path))
-        scans = [_scan(file, number) for number in range(file.scan_count)]
-    except InputError:
-        raise
-    except Exception as error:  # pye57 raises whatever its C++ library threw
-        raise InputError(f"{path}: no readable E57 file: {' '.join(str(error).split())}") from error
+        file = pye57.libe57.ImageFile(str(path), "r")
+        scans = [_scan(pye57, file, node) for node in file.root()["data3D"]]
+    except (pye57.libe57.E57Exception, KeyError, ValueError, RuntimeError) as error:
+        # The library appends pages of its own source positions: the first line says it all.
+        raise InputError(f"{path}: no readable E57 file: {str(error).strip().splitlines()[0]}") from error
     if not scans:
         raise InputError(f"{path}: holds no scans")
     common = [name for name in scans[0] if all(name in scan for scan in scans)]
@@ -43,10 +42,10 @@ def read(path: Path) -> Table:
     return Table(columns, skipped=sorted({name for scan in scans for name in scan} - set(common)))
 
 
-def _scan(file: Any, number: int) -> dict[str, Array]:
-    raw: dict[str, Array] = file.read_scan_raw(number)
-    header = file.get_header(number)
-    valid = np.ones(len(next(iter(raw.values()))), dtype=bool)
+def _scan(pye57: Any, file: Any, node: Any) -> dict[str, Array]:
+    header = pye57.ScanHeader(node)
+    raw = _fields(pye57.libe57, file, header)
+    valid = np.ones(header.point_count, dtype=bool)
     for name in _INVALID:
         if name in raw:
             valid &= raw.pop(name) == 0
@@ -64,4 +63,25 @@ def _scan(file: Any, number: int) -> dict[str, Array]:
     columns = dict(zip("xyz", coord.T, strict=True))
     if normal is not None:
         columns.update(zip(("nx", "ny", "nz"), normal.T, strict=True))
-    return {**columns, **{_NAMES.get(name, name): values for name, values in raw.items()}}
+    return {**columns, **{_COLORS.get(name, name): values for name, values in raw.items()}}
+
+
+def _fields(libe57: Any, file: Any, header: Any) -> dict[str, Array]:
+    """All fields of one scan in the smallest dtype that holds the range they declare; scaled integers as float64."""
+    prototype = libe57.StructureNode(header.points.prototype())
+    buffers, fields = libe57.VectorSourceDestBuffer(), {}
+    dtypes: dict[str, Any] = {}
+    for name in header.point_fields:
+        node = prototype[name]
+        integer = isinstance(node, libe57.IntegerNode)
+        if integer:
+            dtypes[name] = np.promote_types(np.min_scalar_type(node.minimum()), np.min_scalar_type(node.maximum()))
+        elif isinstance(node, libe57.FloatNode) and node.precision() == libe57.FloatPrecision.E57_SINGLE:
+            dtypes[name] = np.dtype(np.float32)
+        else:
+            dtypes[name] = np.dtype(np.float64)
+        fields[name] = np.zeros(header.point_count, np.int64 if integer else np.float64)
+        convert = scale = True
+        buffers.append(libe57.SourceDestBuffer(file, name, fields[name], header.point_count, convert, scale))
+    header.points.reader(buffers).read()
+    return {name: values.astype(dtypes[name]) for name, values in fields.items()}

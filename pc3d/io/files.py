@@ -49,20 +49,21 @@ def read(
 
     Args:
         path: ``.ply .pcd .las .laz .e57 .bin .npy .npz .txt .xyz .pts .csv .asc``.
-        columns: what the columns are, for files which do not say (``.bin``, ``.npy``, text): their number (``.bin``) or their names, with
-            ``"_"`` for a column to leave out.
-        invalid: points with coordinates that are not finite: ``"error"`` or ``"drop"``. Default: error, but organised clouds (PCD of
-            height > 1), where they mark pixels without a measurement, drop them. ``meta[0]["valid_rows"]`` is then the
-            ``(N,)`` int64 rows that were kept.
+        columns: what the columns are, for files which do not say (``.bin``, ``.npy``, text): their number (``.bin``)
+            or their names, with ``"_"`` for a column to leave out.
+        invalid: points with coordinates that are not finite: ``"error"`` or ``"drop"``. Default: error, but organised
+            clouds (PCD of height > 1), where they mark pixels without a measurement, drop them.
+            ``meta[0]["valid_rows"]`` is then the ``(N,)`` int64 rows that were kept.
         allow_empty: accept a file without points.
 
     Returns:
-        One cloud. ``coord`` is float32 relative to ``meta[0]["origin"]`` (float64; zero along an axis where float32 is good
-        enough, the floor of the minimum elsewhere). Red, green and blue become ``color`` (float32, 0..255), nx, ny, nz ``normal``, the
-        fourth column of a KITTI ``.bin`` ``strength``; ``segment`` and ``instance`` become int64. Every other field keeps its
-        name and dtype (uint16 as int32, uint32 as int64, uint64 as int64 with the same bits). ``meta[0]`` holds ``name``, ``path``,
-        ``format``, ``origin``, ``dtypes`` (numpy dtype each attribute is stored as), ``color_scale`` where the file stores colours in
-        another range, and ``skipped`` (names of what is not per point).
+        One cloud. ``coord`` is float32 relative to ``meta[0]["origin"]`` (float64; zero along an axis where float32
+        is good enough, the floor of the minimum elsewhere). Red, green and blue become ``color`` (float32, 0..255),
+        nx, ny, nz ``normal``, the fourth column of a KITTI ``.bin`` ``strength``; ``segment`` and ``instance`` become
+        int64. Every other field keeps its name and dtype (uint16 as int32, uint32 as int64, uint64 as int64 with the
+        same bits). ``meta[0]`` holds ``name``, ``path``, ``format``, ``origin``, ``dtypes`` (numpy dtype each
+        attribute is stored as), ``color_scale`` where the file stores colours in another range, and ``skipped``
+        (names of what is not per point).
 
     Raises:
         InputError: one line that names the file and what is wrong with it.
@@ -80,7 +81,9 @@ def read(
     try:
         table = _ARRAY_READERS[suffix](path, columns) if suffix in _ARRAY_READERS else _READERS[suffix](path)
     except (OSError, MemoryError) as error:
-        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error or 'out of memory'}") from error
+        raise InputError(
+            f"{path}: cannot be read: {getattr(error, 'strerror', None) or error or 'out of memory'}"
+        ) from error
     table.meta["format"] = _family(suffix)
     return to_points(table, path, invalid, allow_empty)
 
@@ -94,23 +97,24 @@ def write(
 ) -> Path:
     """Write one cloud, with all its attributes; the format follows the suffix of ``path``.
 
-    The file appears complete or not at all. A ``.bin`` holds its columns only (x, y, z, strength; or those of the ``.bin`` the cloud was
-    read from); every other format holds every attribute.
+    The file appears complete or not at all. A ``.bin`` holds its columns only (x, y, z, strength; or those of the
+    ``.bin`` the cloud was read from); every other format holds every attribute.
 
     Args:
         path: ``.ply .pcd .las .laz .bin .npy .npz .txt .xyz .pts .csv .asc``.
         points: one cloud.
-        template: the file the cloud was read from, of the same kind as ``path`` (``.las``/``.laz``, ``.ply`` or ``.pcd``). The new file
-            keeps its header (coordinate system, comments, viewpoint), its points in their order, faces and every field that ``points`` does
-            not have; fields that differ are changed, new ones added.
-        encoding: ``ascii``, ``binary_little_endian`` (default) or ``binary_big_endian`` for PLY; ``ascii``, ``binary`` (default) or
-            ``binary_compressed`` for PCD. With a template, its own encoding is the default.
+        template: the file the cloud was read from, of the same kind as ``path`` (``.las``/``.laz``, ``.ply`` or
+            ``.pcd``). The new file keeps its header (coordinate system, comments, viewpoint), its points in their
+            order, faces and every field that ``points`` does not have; fields that differ are changed, new ones added.
+        encoding: ``ascii``, ``binary_little_endian`` (default) or ``binary_big_endian`` for PLY; ``ascii``,
+            ``binary`` (default) or ``binary_compressed`` for PCD. With a template, its own encoding is the default.
 
     Returns:
         The path.
 
     Raises:
-        InputError: if the file cannot be written or cannot hold the cloud; an older file of that name is left as it was.
+        InputError: if the file cannot be written or cannot hold the cloud; an older file of that name is left as it
+            was.
     """
     path = Path(path)
     suffix = path.suffix.lower()

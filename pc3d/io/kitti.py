@@ -23,15 +23,17 @@ _DETECTED = (4, 5, 6)
 def read(path: Path, columns: int | Sequence[str] | None = None) -> Table:
     """Columns of a ``.bin`` file.
 
-    Without ``columns`` the number is found only where just one layout fits both the size of the file and its values: KITTI (4, reflectance in
-    0..1), nuScenes (5, whole ring numbers) or coloured points (6).
+    Without ``columns`` the number is found only where just one layout fits both the size of the file and its values:
+    KITTI (4, reflectance in 0..1), nuScenes (5, whole ring numbers) or coloured points (6).
 
     Raises:
         InputError: if the file is no whole number of rows, or its layout is not clear.
     """
     values = np.fromfile(path, dtype="<f4") if path.stat().st_size % 4 == 0 else None
     if values is None:
-        raise InputError(f"{path}: {path.stat().st_size} bytes are not a whole number of float32: the file is truncated")
+        raise InputError(
+            f"{path}: {path.stat().st_size} bytes are not a whole number of float32: the file is truncated"
+        )
     names = _NAMES[_detect(values, path)] if columns is None else _given(columns, path)
     if len(values) % len(names):
         raise InputError(
@@ -80,7 +82,7 @@ def _detect(values: Array, path: Path) -> int:
     fitting = [count for count in _DETECTED if len(values) % count == 0]
     if not fitting:
         raise InputError(
-            f"{path}: {len(values)} float32 numbers are not whole rows of 4, 5 or 6 columns: the file is truncated, or pass columns="
+            f"{path}: {len(values)} float32 numbers are not whole rows of 4, 5 or 6 columns: truncated, or pass columns="
         )
     if len(fitting) == 1:
         return fitting[0]

@@ -1,4 +1,4 @@
-"""SemanticKITTI ``.label`` files: one uint32 per point of the scan, semantic id in the low 16 bits, instance id in the high 16."""
+"""SemanticKITTI ``.label`` files: a uint32 per point, semantic id in the low 16 bits, instance id in the high 16."""
 
 from __future__ import annotations
 

@@ -23,8 +23,8 @@ _MAX_STEP = 1e-3
 def read(path: Path) -> Table:
     """All dimensions of the points, extra bytes included; scaled extra dimensions as float64.
 
-    ``meta["las_header"]`` (base64 of the bytes before the points) lets :func:`write` keep scales, offsets, coordinate system and
-    variable-length records also without a template.
+    ``meta["las_header"]`` (base64 of the bytes before the points) lets :func:`write` keep scales, offsets, coordinate
+    system and variable-length records also without a template.
 
     Raises:
         InputError: without ``laspy``/``lazrs``, or if the file is damaged.
@@ -32,7 +32,9 @@ def read(path: Path) -> Table:
     laspy = _laspy(path)
     data = _open(laspy, path)
     header = data.header
-    columns: dict[str, Array] = {"coord": np.stack([np.asarray(data.x), np.asarray(data.y), np.asarray(data.z)], axis=1)}
+    columns: dict[str, Array] = {
+        "coord": np.stack([np.asarray(data.x), np.asarray(data.y), np.asarray(data.z)], axis=1)
+    }
     for name in header.point_format.dimension_names:
         if name not in ("X", "Y", "Z"):
             columns[name] = np.asarray(data[name])
@@ -42,14 +44,17 @@ def read(path: Path) -> Table:
     return Table(columns, meta=meta, step=float(np.min(header.scales)))
 
 
-def write(out: Path, columns: Mapping[str, Array], meta: Mapping[str, Any], path: Path, template: Path | None = None) -> None:
+def write(
+    out: Path, columns: Mapping[str, Array], meta: Mapping[str, Any], path: Path, template: Path | None = None
+) -> None:
     """Write points; with a template, that file with the dimensions which ``columns`` changes or adds.
 
-    Without one, the header is that of the file the cloud was read from, or LAS 1.4 with a scale as fine as float32 coordinates. Attributes
-    which are no standard dimension, or whose values it cannot hold, become extra dimensions.
+    Without one, the header is that of the file the cloud was read from, or LAS 1.4 with a scale as fine as float32
+    coordinates. Attributes which are no standard dimension, or whose values it cannot hold, become extra dimensions.
 
     Raises:
-        InputError: without ``laspy``/``lazrs``, for a COPC name, or if a dimension of the template cannot hold its new values.
+        InputError: without ``laspy``/``lazrs``, for a COPC name, or if a dimension of the template cannot hold its
+            new values.
     """
     laspy = _laspy(path)
     if path.name.lower().endswith(".copc.laz"):
@@ -88,14 +93,20 @@ def _open(laspy: Any, path: Path) -> Any:
             if not header.are_points_compressed:
                 needed += header.point_count * header.point_format.size
             if needed > size:
-                raise InputError(f"{path}: truncated: {header.point_count} points need {needed} bytes, the file has {size}")
+                raise InputError(
+                    f"{path}: truncated: {header.point_count} points need {needed} bytes, the file has {size}"
+                )
             data = reader.read()
     except InputError:
         raise
     except Exception as error:  # damaged files make laspy and lazrs fail in many ways
-        raise InputError(f"{path}: no readable LAS/LAZ file: {' '.join(str(error).split()) or type(error).__name__}") from error
+        raise InputError(
+            f"{path}: no readable LAS/LAZ file: {' '.join(str(error).split()) or type(error).__name__}"
+        ) from error
     if len(data.points) != header.point_count:
-        raise InputError(f"{path}: truncated: header promises {header.point_count} points, the file has {len(data.points)}")
+        raise InputError(
+            f"{path}: truncated: header promises {header.point_count} points, the file has {len(data.points)}"
+        )
     if not (np.isfinite(header.scales).all() and np.isfinite(header.offsets).all() and np.all(header.scales > 0)):
         raise InputError(f"{path}: header has scales {header.scales.tolist()} and offsets {header.offsets.tolist()}")
     return data
@@ -135,15 +146,23 @@ def _assign(laspy: Any, data: Any, columns: Mapping[str, Array], path: Path, kee
             data[name] = values
         elif name in names and keep_dimensions:
             dtype = np.asarray(data[name][:0]).dtype
-            raise InputError(f"{path}: field '{name}' has values from {values.min()} to {values.max()}, its {dtype} dimension cannot hold them")
+            raise InputError(
+                f"{path}: field '{name}' has values from {values.min()} to {values.max()}: more than its dimension "
+                f"({dtype.name}) can hold"
+            )
         else:
             extra.update(_extra_fields(f"{name}_{values.dtype.name}" if name in names else name, values))
-    for name, values in extra.items():
+    for name in extra:
         if len(name.encode()) > _MAX_NAME:
-            raise InputError(f"{path}: field '{name}' has a name of more than {_MAX_NAME} bytes, the most a LAS dimension can have")
+            raise InputError(
+                f"{path}: field '{name}' has a name of more than {_MAX_NAME} bytes, the most a LAS dimension can have"
+            )
     width = {name: f"{values.shape[1]}" if values.ndim > 1 else "" for name, values in extra.items()}
     data.add_extra_dims(
-        [laspy.ExtraBytesParams(name=name, type=f"{width[name]}{values.dtype.str[1:]}") for name, values in extra.items()]
+        [
+            laspy.ExtraBytesParams(name=name, type=f"{width[name]}{values.dtype.str[1:]}")
+            for name, values in extra.items()
+        ]
     )
     for name, values in extra.items():
         data[name] = values

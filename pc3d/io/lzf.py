@@ -1,4 +1,4 @@
-"""LZF, the byte compression of ``DATA binary_compressed`` PCD files: C++ when built, plain Python otherwise (same streams read)."""
+"""LZF, the byte compression of ``DATA binary_compressed`` PCD files: in C++ when built, in plain Python otherwise."""
 
 from __future__ import annotations
 

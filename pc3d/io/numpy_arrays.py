@@ -16,7 +16,7 @@ _COORD_KEYS = ("coord", "coords", "xyz", "points", "point", "pos", "positions", 
 
 
 def read_npy(path: Path, columns: int | Sequence[str] | None = None) -> Table:
-    """A structured array by its field names, or an ``(N, C)`` array whose first columns are x, y, z (see ``columns``)."""
+    """A structured array by its field names, or an ``(N, C)`` array that starts with x, y, z (or ``columns``)."""
     names = _names(columns, path)
     try:
         # A memory map refuses a file shorter than its header says before any memory is taken.
@@ -27,21 +27,32 @@ def read_npy(path: Path, columns: int | Sequence[str] | None = None) -> Table:
         raise InputError(f"{path}: is an .npz archive with the suffix .npy: rename it")
     if array.dtype.names:
         if names is not None:
-            raise InputError(f"{path}: columns= is for plain arrays; this one has fields: {', '.join(array.dtype.names)}")
+            raise InputError(
+                f"{path}: columns= is for plain arrays; this one has fields: {', '.join(array.dtype.names)}"
+            )
         rows = array.reshape(-1)
         return Table({name: _native(rows[name]) for name in array.dtype.names})
     return Table(_plain(_native(array), path, "the array", names))
 
 
 def read_npz(path: Path, columns: int | Sequence[str] | None = None) -> Table:
-    """Arrays by key. Coordinates are the key ``coord`` (or ``xyz``, ``points``, ``pos`` ...), or the only array of the archive."""
+    """Arrays by key; coordinates have the key ``coord`` (or ``xyz``, ``points``, ``pos`` ...) or are the only array."""
     names = _names(columns, path)
     arrays: dict[str, Array] = {}
     try:
         with np.load(path, allow_pickle=False) as archive:
             for key in archive.files:
                 arrays[key] = _native(archive[key])
-    except (ValueError, KeyError, EOFError, SyntaxError, TypeError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    except (
+        ValueError,
+        KeyError,
+        EOFError,
+        SyntaxError,
+        TypeError,
+        zipfile.BadZipFile,
+        zlib.error,
+        NotImplementedError,
+    ) as error:
         raise InputError(f"{path}: no readable .npz archive: {_one_line(error)}") from error
     except AttributeError as error:
         raise InputError(f"{path}: no .npz archive") from error
@@ -51,10 +62,16 @@ def read_npz(path: Path, columns: int | Sequence[str] | None = None) -> Table:
         coord_key = _coord_key(arrays, path)
         coord = _plain(arrays.pop(coord_key), path, f"key '{coord_key}'", names)
         count = len(next(iter(coord.values())))
-    fields = {key: values for key, values in arrays.items() if values.ndim and len(values) == count and values.dtype.kind in "biuf"}
+    fields = {
+        key: values
+        for key, values in arrays.items()
+        if values.ndim and len(values) == count and values.dtype.kind in "biuf"
+    }
     skipped = [key for key in arrays if key not in fields]
     aliases = {"colors": "color", "rgb": "color", "normals": "normal"}
-    renamed = {aliases.get(key, key) if aliases.get(key) not in fields else key: values for key, values in fields.items()}
+    renamed = {
+        aliases.get(key, key) if aliases.get(key) not in fields else key: values for key, values in fields.items()
+    }
     return Table({**coord, **renamed}, skipped=skipped)
 
 

@@ -40,9 +40,10 @@ class _Header:
 
 
 def read(path: Path) -> Table:
-    """Fields of the cloud; ``rgb``/``rgba`` are unpacked to red, green, blue (and alpha), padding fields ``_`` are left out.
+    """Fields of the cloud; ``rgb``/``rgba`` unpacked to red, green, blue (and alpha), padding ``_`` left out.
 
-    ``meta["viewpoint"]`` holds the sensor pose (translation, quaternion w x y z) when it is not the identity; points are not moved by it.
+    ``meta["viewpoint"]`` holds the sensor pose (translation, quaternion w x y z) when it is not the identity; points
+    are not moved by it.
 
     Raises:
         InputError: for a damaged header or truncated data.
@@ -160,7 +161,9 @@ def _parse_header(data: bytes, path: Path) -> _Header:
     if end is None:
         raise InputError(f"{path}: no PCD header (no 'DATA' line)")
     lines = data[: end.end()].decode("latin-1").splitlines()
-    entries = {words[0].upper(): words[1:] for words in (line.split() for line in lines) if words and words[0][0] != "#"}
+    entries = {
+        words[0].upper(): words[1:] for words in (line.split() for line in lines) if words and words[0][0] != "#"
+    }
     encoding = end[1].decode().lower()
     if encoding not in _ENCODINGS:
         raise InputError(f"{path}: PCD data '{encoding}' is none of {', '.join(_ENCODINGS)}")
@@ -180,7 +183,9 @@ def _parse_header(data: bytes, path: Path) -> _Header:
         raise InputError(f"{path}: PCD header not understood: {' '.join(str(error).split())}") from error
     named = [item.name for item in fields if item.name != "_"]
     if len(set(named)) < len(named) or min([width, height, *counts]) < 0 or len(viewpoint) != 7:
-        raise InputError(f"{path}: PCD header not understood: repeated fields, negative sizes or a viewpoint without 7 numbers")
+        raise InputError(
+            f"{path}: PCD header not understood: repeated fields, negative sizes or a viewpoint without 7 numbers"
+        )
     if points != width * height:
         raise InputError(f"{path}: PCD header has POINTS {points}, but WIDTH {width} x HEIGHT {height}")
     return _Header(fields, width, height, viewpoint, encoding, len(lines), end.end())
@@ -199,7 +204,10 @@ def _read_ascii(body: bytes, header: _Header, path: Path) -> list[Array]:
     numbers = parse_numbers(lines, path, header.lines + 1)
     width = sum(item.count for item in header.fields)
     if len(numbers) < count or (count and numbers.shape[1] != width):
-        raise InputError(f"{path}: header promises {count} points of {width} numbers, the file has {' of '.join(map(str, numbers.shape))}")
+        raise InputError(
+            f"{path}: header promises {count} points of {width} numbers, "
+            f"the file has {len(numbers)} of {numbers.shape[1]}"
+        )
     ends = np.cumsum([item.count for item in header.fields])
     return [
         to_dtype(numbers[:count].reshape(count, -1)[:, end - item.count : end], item.dtype, path, item.name)
@@ -211,7 +219,9 @@ def _read_binary(body: bytes, header: _Header, path: Path) -> list[Array]:
     count = header.width * header.height
     record = np.dtype([(f"f{i}", item.dtype, (item.count,)) for i, item in enumerate(header.fields)])
     if len(body) < count * record.itemsize:
-        raise InputError(f"{path}: truncated: {count} points need {count * record.itemsize} bytes, the file has {len(body)}")
+        raise InputError(
+            f"{path}: truncated: {count} points need {count * record.itemsize} bytes, the file has {len(body)}"
+        )
     rows = np.frombuffer(body, record, count=count)
     return [rows[name].astype(rows[name].dtype.newbyteorder("=")) for name in record.names or ()]
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -24,8 +24,17 @@ _TYPES = {
     **dict.fromkeys(("float", "float32"), "f4"),
     **dict.fromkeys(("double", "float64"), "f8"),
 }
-_NAMES = {"i1": "char", "u1": "uchar", "i2": "short", "u2": "ushort", "i4": "int", "u4": "uint", "f4": "float", "f8": "double"}
-_ORDERS = {"ascii": "=", "binary_little_endian": "<", "binary_big_endian": ">"}
+_NAMES = {
+    "i1": "char",
+    "u1": "uchar",
+    "i2": "short",
+    "u2": "ushort",
+    "i4": "int",
+    "u4": "uint",
+    "f4": "float",
+    "f8": "double",
+}
+_ORDERS: dict[str, Literal["=", "<", ">"]] = {"ascii": "=", "binary_little_endian": "<", "binary_big_endian": ">"}
 _SPELLING = {"coord": ("x", "y", "z"), "color": ("red", "green", "blue"), "normal": ("nx", "ny", "nz")}
 _VECTOR = "pc3d_vector"
 """Comment that names an attribute of several columns: PLY has scalar properties only."""
@@ -65,9 +74,11 @@ def read(path: Path) -> Table:
     columns, _, _ = _vertices(data, header, path)
     for name, width in _vectors(header.comments):
         parts = [name] if width == 1 else [f"{name}_{i}" for i in range(width)]
-        if name not in columns and all(part in columns for part in parts) or (width == 1 and name in columns):
+        if all(part in columns for part in parts) and (width == 1 or name not in columns):
             columns[name] = np.stack([columns.pop(part) for part in parts], axis=1)
-    return Table(columns, skipped=[element.name for element in header.elements if element.name != "vertex" and element.count])
+    return Table(
+        columns, skipped=[element.name for element in header.elements if element.name != "vertex" and element.count]
+    )
 
 
 def read_faces(path: Path) -> Array:
@@ -120,7 +131,9 @@ def write(
         comments = [line for line in header.comments if not line.startswith(f"comment {_VECTOR} ")]
         others = [element.name for element in elements if element.name != "vertex"]
         if others and encoding not in (None, header.encoding):
-            raise InputError(f"{path}: encoding='{encoding}' would lose element '{others[0]}' of {template}: use {header.encoding}")
+            raise InputError(
+                f"{path}: encoding='{encoding}' would lose element '{others[0]}' of {template}: use {header.encoding}"
+            )
         encoding = encoding or header.encoding
     encoding = encoding or "binary_little_endian"
     for name, values in merged.items():
@@ -129,7 +142,13 @@ def write(
     fields = {_word(name): narrow(values, name, path) for name, values in split(merged, _SPELLING).items()}
     vertex = _Element("vertex", len(merged["coord"]), [_Property(name, v.dtype.str[1:]) for name, v in fields.items()])
     elements = [vertex if element.name == "vertex" else element for element in elements] or [vertex]
-    lines = ["ply", f"format {encoding} 1.0", *comments, *(line for element in elements for line in _declare(element)), "end_header"]
+    lines = [
+        "ply",
+        f"format {encoding} 1.0",
+        *comments,
+        *(line for element in elements for line in _declare(element)),
+        "end_header",
+    ]
     with out.open("wb") as file:
         file.write("".join(f"{line}\n" for line in lines).encode() + before)
         if encoding != "ascii":
@@ -141,8 +160,10 @@ def write(
         file.write(after)
 
 
-def _pack(fields: Mapping[str, Array], order: str) -> Array:
-    rows = np.empty(len(next(iter(fields.values()))), [(name, values.dtype.newbyteorder(order)) for name, values in fields.items()])
+def _pack(fields: Mapping[str, Array], order: Literal["=", "<", ">"]) -> Array:
+    rows = np.empty(
+        len(next(iter(fields.values()))), [(name, values.dtype.newbyteorder(order)) for name, values in fields.items()]
+    )
     for name, values in fields.items():
         rows[name] = values
     return rows
@@ -208,7 +229,9 @@ def _parse_property(words: list[str]) -> _Property:
 def _vertices(data: bytes, header: _Header, path: Path) -> tuple[dict[str, Array], int, int]:
     at = next((i for i, element in enumerate(header.elements) if element.name == "vertex"), None)
     if at is None:
-        raise InputError(f"{path}: no element 'vertex' (it has: {', '.join(e.name for e in header.elements) or 'none'})")
+        raise InputError(
+            f"{path}: no element 'vertex' (it has: {', '.join(e.name for e in header.elements) or 'none'})"
+        )
     return _element(data, header, at, path)
 
 
@@ -225,7 +248,9 @@ def _element(data: bytes, header: _Header, at: int, path: Path) -> tuple[dict[st
     columns = {}
     for i, item in enumerate(element.properties):
         if item.count_dtype and np.any(rows[f"n{i}"] != rows[f"n{i}"][:1]):
-            raise InputError(f"{path}: the lists '{item.name}' of element '{element.name}' differ in length: not supported")
+            raise InputError(
+                f"{path}: the lists '{item.name}' of element '{element.name}' differ in length: not supported"
+            )
         columns[item.name] = rows[f"v{i}"].astype(rows[f"v{i}"].dtype.newbyteorder("="))
     return columns, start, start + dtype.itemsize * element.count
 
@@ -255,7 +280,8 @@ def _layout(data: bytes, start: int, element: _Element, header: _Header, path: P
 def _check_size(data: bytes, end: int, element: _Element, path: Path) -> None:
     if end > len(data):
         raise InputError(
-            f"{path}: truncated: element '{element.name}' ({element.count} rows) ends at byte {end}, the file at {len(data)}"
+            f"{path}: truncated: element '{element.name}' ({element.count} rows) needs {end} bytes, "
+            f"the file has {len(data)}"
         )
 
 
@@ -267,7 +293,9 @@ def _element_ascii(data: bytes, header: _Header, at: int, path: Path) -> tuple[d
     ends = np.concatenate([[0], breaks, [len(body)] if not body.endswith(b"\n") else []]).astype(np.int64)
     if first + element.count >= len(ends):
         have = max(0, len(ends) - 1 - first)
-        raise InputError(f"{path}: truncated: element '{element.name}' promises {element.count} rows, the file has {have}")
+        raise InputError(
+            f"{path}: truncated: element '{element.name}' promises {element.count} rows, the file has {have}"
+        )
     start, end = int(ends[first]), int(ends[first + element.count])
     lines = body[start:end].decode("latin-1").splitlines()
     values = parse_numbers(lines, path, header.lines + first, None)
@@ -278,14 +306,21 @@ def _element_ascii(data: bytes, header: _Header, at: int, path: Path) -> tuple[d
             lengths = values[:, column] if column < values.shape[1] else np.zeros(1)
             width = int(lengths[0]) if np.all(lengths == lengths[0]) and lengths[0] >= 0 else -1
             if width < 0:
-                raise InputError(f"{path}: the lists '{item.name}' of element '{element.name}' differ in length: not supported")
+                raise InputError(
+                    f"{path}: the lists '{item.name}' of element '{element.name}' differ in length: not supported"
+                )
             column += 1
         part = values[:, column : column + width]
         if element.count and part.shape != (element.count, width):
-            raise InputError(f"{path}: element '{element.name}' has {len(values)} rows of {values.shape[1]} numbers, too few for its header")
+            raise InputError(
+                f"{path}: element '{element.name}' has {len(values)} rows of {values.shape[1]} numbers: "
+                "too few for its header"
+            )
         part = part if item.count_dtype else part.reshape(-1)
         columns[item.name] = to_dtype(part, np.dtype(item.dtype), path, item.name)
         column += width
     if element.count and column != values.shape[1]:
-        raise InputError(f"{path}: element '{element.name}' has rows of {values.shape[1]} numbers, its header describes {column}")
+        raise InputError(
+            f"{path}: element '{element.name}' has rows of {values.shape[1]} numbers, its header describes {column}"
+        )
     return columns, header.size + start, header.size + end

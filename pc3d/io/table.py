@@ -1,4 +1,4 @@
-"""The step between files and ``Points``: columns as a file stores them, and their canonical names, dtypes and origin."""
+"""The step between files and ``Points``: columns as stored, and their canonical names, dtypes and origin."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ def to_points(table: Table, path: Path, invalid: Invalid | None = None, allow_em
     """
     columns = group(table.columns)
     if "coord" not in columns:
-        raise InputError(f"{path}: no coordinates: fields x, y, z are missing (it has: {', '.join(columns) or 'nothing'})")
+        raise InputError(
+            f"{path}: no coordinates: fields x, y, z are missing (it has: {', '.join(columns) or 'nothing'})"
+        )
     stored = columns.pop("coord")
     meta: dict[str, Any] = {"name": path.stem, "path": str(path), **table.meta, "dtypes": {"coord": stored.dtype.name}}
     if table.skipped:
@@ -78,9 +80,9 @@ def to_points(table: Table, path: Path, invalid: Invalid | None = None, allow_em
 def to_columns(points: Points, family: str) -> dict[str, Array]:
     """The columns of one cloud as a file of ``family`` (``"ply"``, ``"las"``, ...) should store them.
 
-    ``coord`` (N, 3) holds true coordinates (origin added), as float64 where float32 would lose them. ``color`` (N, 3) has the
-    integers of the file it came from when that was of the same family, 8 bits otherwise. Other attributes get the dtype their file
-    had while it still holds their values, and the dtype of their tensor otherwise.
+    ``coord`` (N, 3) holds true coordinates (origin added), as float64 where float32 would lose them. ``color`` (N, 3)
+    has the integers of the file it came from when that was of the same family, 8 bits otherwise. Other attributes get
+    the dtype their file had while it still holds their values, and the dtype of their tensor otherwise.
 
     Raises:
         InputError: if ``points`` is not exactly one cloud.
@@ -96,9 +98,13 @@ def to_columns(points: Points, family: str) -> dict[str, Array]:
         coord = coord.astype(np.float64) + origin
     columns = {"coord": restore(coord, dtypes.get("coord") if same_family else None)}
     for name, tensor in points.attrs.items():
-        values = tensor.detach().cpu().numpy() if tensor.dtype != torch.bfloat16 else tensor.detach().cpu().float().numpy()
+        values = (
+            tensor.detach().cpu().numpy() if tensor.dtype != torch.bfloat16 else tensor.detach().cpu().float().numpy()
+        )
         if name == "color" and values.shape[1:] == (3,):
-            dtype, scale = (dtypes.get("color", "uint8"), meta.get("color_scale", 1.0)) if same_family else ("uint8", 1.0)
+            dtype, scale = (
+                (dtypes.get("color", "uint8"), meta.get("color_scale", 1.0)) if same_family else ("uint8", 1.0)
+            )
             columns[name] = stored_color(values, np.dtype(dtype), scale)
         else:
             columns[name] = restore(values, dtypes.get(name))
@@ -106,7 +112,7 @@ def to_columns(points: Points, family: str) -> dict[str, Array]:
 
 
 def stored_color(color: Array, dtype: np.dtype[Any], scale: float) -> Array:
-    """``(N, 3)`` colours of 0..255 in the numbers a file stores: ``color * scale``, rounded and clipped for integer dtypes."""
+    """``(N, 3)`` colours of 0..255 as a file stores them: ``color * scale``, rounded and clipped for integer dtypes."""
     values = color.astype(np.float64) * scale
     if dtype.kind not in "iu":
         return values.astype(dtype)
@@ -126,13 +132,16 @@ def restore(values: Array, dtype: str | None) -> Array:
 def changes(original: Table, columns: Mapping[str, Array], family: str, path: Path, template: Path) -> dict[str, Array]:
     """What ``columns`` changes or adds to the table of the file ``template``, one row per row of that file.
 
-    A column that is what reading ``template`` gives is no change, so that float32 rounding never reaches the new file. Rows which reading
-    leaves out (pixels without a measurement) keep their values; in new columns they hold NaN, -1 or 0, as their dtype allows.
+    A column that is what reading ``template`` gives is no change, so that float32 rounding never reaches the new
+    file. Rows which reading leaves out (pixels without a measurement) keep their values; in new columns they hold
+    NaN, -1 or 0, as their dtype allows.
 
     Raises:
         InputError: if the cloud does not have the points of ``template``.
     """
-    points = to_points(replace(original, meta={**original.meta, "format": family}), template, invalid="drop", allow_empty=True)
+    points = to_points(
+        replace(original, meta={**original.meta, "format": family}), template, invalid="drop", allow_empty=True
+    )
     before = to_columns(points, family)
     if len(columns["coord"]) != len(before["coord"]):
         raise InputError(f"{path}: {len(columns['coord'])} points, but template {template} has {len(before['coord'])}")
@@ -140,7 +149,11 @@ def changes(original: Table, columns: Mapping[str, Array], family: str, path: Pa
     changed: dict[str, Array] = {}
     stored = group(original.columns)
     for name, values in columns.items():
-        if name in before and values.shape == before[name].shape and np.array_equal(values, before[name], equal_nan=True):
+        if (
+            name in before
+            and values.shape == before[name].shape
+            and np.array_equal(values, before[name], equal_nan=True)
+        ):
             continue
         if name in stored:
             values = restore(values, stored[name].dtype.name)
@@ -177,10 +190,14 @@ def narrow(values: Array, name: str, path: Path, wide_integers: bool = False) ->
 
 
 def split(columns: Mapping[str, Array], spelling: Mapping[str, Sequence[str]]) -> dict[str, Array]:
-    """One-column fields: ``(N, C)`` columns become ``name_0`` ... or the names in ``spelling``, ``(N, 1)`` keeps its name."""
+    """One-column fields: ``(N, C)`` becomes ``name_0`` ... or the names in ``spelling``, ``(N, 1)`` keeps its name."""
     fields: dict[str, Array] = {}
     for name, values in columns.items():
-        flat = values.reshape(len(values), -1) if values.size else values.reshape(len(values), int(np.prod(values.shape[1:])))
+        flat = (
+            values.reshape(len(values), -1)
+            if values.size
+            else values.reshape(len(values), int(np.prod(values.shape[1:])))
+        )
         width = flat.shape[1]
         names = spelling.get(name, ()) if len(spelling.get(name, ())) == width else ()
         if not names:
@@ -189,11 +206,14 @@ def split(columns: Mapping[str, Array], spelling: Mapping[str, Sequence[str]]) -
     return fields
 
 
-def column_names(values: Array, path: Path, names: Sequence[str] | None = None, first: Sequence[str] = _XYZ) -> list[str]:
+def column_names(
+    values: Array, path: Path, names: Sequence[str] | None = None, first: Sequence[str] = _XYZ
+) -> list[str]:
     """Names for the columns of an ``(N, C)`` array without a header.
 
-    Columns 0..2 are x, y, z. Of the others, three that hold whole numbers in 0..255 are a colour, three that make unit vectors a
-    normal; the rest is ``column_3``, ``column_4`` ...: a guess at anything more would be wrong too often.
+    Columns 0..2 are x, y, z. Of the others, three that hold whole numbers in 0..255 are a colour, three that make
+    unit vectors a normal; the rest is ``column_3``, ``column_4`` ...: a guess at anything more would be wrong too
+    often.
 
     Args:
         values: ``(N, C)`` numbers, C >= 3.
@@ -268,7 +288,7 @@ def _valid_rows(coord: Array, path: Path, invalid: Invalid) -> Array | None:
 
 
 def _split_origin(stored: Array, path: Path, step: float) -> tuple[Array, tuple[float, float, float]]:
-    """Coordinates as float32 relative to a float64 origin, which is zero along each axis where float32 is good enough."""
+    """Coordinates as float32 relative to a float64 origin, zero along each axis where float32 is good enough."""
     exact = stored.astype(np.float64)
     origin = np.zeros(3)
     for axis in range(3) if len(exact) else ():

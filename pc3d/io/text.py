@@ -21,8 +21,8 @@ _DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d+")
 def read(path: Path, columns: int | Sequence[str] | None = None) -> Table:
     """Columns of a text file; comment lines start with ``#`` or ``//``, the delimiter is white space, ``,`` or ``;``.
 
-    A first line (commented or not) with a word for each column names them; a first line with a single number is the point count of ``.pts``
-    files. Without names see :func:`pc3d.io.table.column_names`.
+    A first line (commented or not) with a word for each column names them; a first line with a single number is the
+    point count of ``.pts`` files. Without names see :func:`pc3d.io.table.column_names`.
 
     Raises:
         InputError: naming the line that is not made of numbers; for decimal commas; for a wrong point count.
