@@ -1,5 +1,6 @@
-"""Datasets, one per file: what they yield is documented in :class:`pc3d.data.PointDataset`."""
+"""Datasets, one per file: what they yield is documented in :class:`pc3d.data.dataset.PointDataset`."""
 
+from pc3d.datasets.folder import FolderDataset
 from pc3d.datasets.synthetic_rooms import SyntheticRooms
 
-__all__ = ["SyntheticRooms"]
+__all__ = ["FolderDataset", "SyntheticRooms"]

@@ -6,7 +6,7 @@ import colorsys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "val", "test"]
 Unknown = Literal["error", "ignore"]
+LabelMap = str | list[str] | dict[int, str | None]
 SPLITS: tuple[Split, ...] = get_args(Split)
 IGNORE = -1
+IGNORED_NAMES = (None, "", "ignore", "ignored")
 
 
 class PointDataset(Configurable, ABC):
@@ -76,6 +78,47 @@ class PointDataset(Configurable, ABC):
     @abstractmethod
     def fingerprint(self, split: Split, index: int) -> str:
         """Text that changes whenever :meth:`load` would return something else: the key of the cache."""
+
+
+def parse_label_map(source: LabelMap) -> tuple[dict[int, int], list[str]]:
+    """Raw code -> class number, and the class names, from what a user writes.
+
+    Args:
+        source: a mapping ``raw code -> class name`` (several codes may share a name; ``ignore`` or null leaves a code
+            out of training and scores), a list of names of the codes 0, 1, ..., or the path of a YAML or JSON file
+            that holds either. Classes are numbered in the order of their first mention.
+
+    Raises:
+        InputError: if the file is missing or unreadable, or a code is not a whole number.
+    """
+    where = f"label map {source}" if isinstance(source, str) else "label_map"
+    entries = _read_mapping(source) if isinstance(source, str) else source
+    if isinstance(entries, list):
+        entries = dict(enumerate(entries))
+    if not isinstance(entries, Mapping) or not entries:
+        raise InputError(f"{where}: expected 'code: class name' lines, got {str(entries)[:80]!r}")
+    label_map: dict[int, int] = {}
+    numbers: dict[str, int] = {}
+    for code, name in entries.items():
+        try:
+            label_map[int(code)] = IGNORE if name in IGNORED_NAMES else numbers.setdefault(str(name), len(numbers))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{where}: code {code!r} is not a whole number") from error
+    if not numbers:
+        raise InputError(f"{where}: every code is ignored; name at least one class")
+    return label_map, list(numbers)
+
+
+def _read_mapping(path: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise InputError(f"label map {path}: {reason}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"label map {path}: {' '.join(str(error).split())}") from error
 
 
 def map_labels(

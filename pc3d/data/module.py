@@ -10,6 +10,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.trainer.states import TrainerFn
+from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
 from pc3d.data.cache import CloudCache
@@ -21,6 +23,12 @@ from pc3d.errors import InputError
 from pc3d.points import Points
 
 Sample = tuple[Draw, Points]
+
+_SPLITS_OF: dict[TrainerFn | None, tuple[Split, ...]] = {
+    TrainerFn.FITTING: ("train", "val"),
+    TrainerFn.VALIDATING: ("val",),
+    TrainerFn.TESTING: ("test",),
+}
 
 
 class PointDataModule(pl.LightningDataModule):
@@ -91,13 +99,33 @@ class PointDataModule(pl.LightningDataModule):
         """Width of ``feat``."""
         return self.pipeline.in_channels
 
+    # Preparation -----------------------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Fill the cache before the first epoch, so that a bad file ends the run now and not in its middle."""
+        stage = self.trainer.state.fn if self.trainer else None
+        for split in _SPLITS_OF.get(stage, ()):
+            if self.cache is not None and self.dataset.size(split):
+                self._fill_cache(self.samples(split))
+
+    def _fill_cache(self, samples: CloudSamples) -> None:
+        missing = [index for index in range(len(samples)) if not samples.is_cached(index)]
+        if not missing:
+            return
+        workers = min(self.num_workers, len(missing))
+        loader = CloudLoader(_Building(samples), sampler=missing, batch_size=None, num_workers=workers)
+        for _ in track(loader, f"Preparing {samples.split} clouds", len(missing)):
+            pass
+
     # Loaders ---------------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> CloudLoader:
         collate = TrainCollate(Collate(self.mix3d, self.pipeline.grid_size), self.seed)
         return self._loader("train", self.batch_size, collate, shuffle=True, repeat=self.repeat)
 
-    def val_dataloader(self) -> CloudLoader:
+    def val_dataloader(self) -> CloudLoader | list[CloudLoader]:
+        if not self.dataset.size("val"):
+            return []  # training without validation
         return self._loader("val", self.val_batch_size, cat_samples)
 
     def test_dataloader(self) -> CloudLoader:
@@ -154,8 +182,9 @@ class PointDataModule(pl.LightningDataModule):
 
     def _count_classes(self) -> list[int]:
         counts = torch.zeros(self.num_classes, dtype=torch.int64)
-        for index in range(self.dataset.size("train")):
-            segment = self.dataset.load("train", index).get("segment")
+        samples = self.samples("train")
+        for index in range(len(samples)):
+            segment = samples.cloud(index).get("segment")
             counts += torch.bincount(segment[segment != IGNORE], minlength=self.num_classes)
         return counts.tolist()
 
@@ -213,9 +242,23 @@ class CloudSamples(Dataset[Sample]):
             cloud = transform(cloud)
         return cloud
 
+    def is_cached(self, index: int) -> bool:
+        return self.cache is not None and self.cache.has(*self._key(index))
+
     def _key(self, index: int) -> tuple[Any, ...]:
         prepare = [transform.to_config() for transform in self.prepare]
         return "cloud", self.dataset.fingerprint(self.split, index), prepare
+
+
+class _Building(Dataset[int]):
+    """Puts clouds into the cache; hands out nothing but their numbers."""
+
+    def __init__(self, samples: CloudSamples) -> None:
+        self.samples = samples
+
+    def __getitem__(self, index: int) -> int:
+        self.samples.cloud(index)
+        return index
 
 
 def _checked(points: Points) -> Points:
