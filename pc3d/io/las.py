@@ -182,7 +182,8 @@ def _fits(data: Any, name: str, values: Array) -> bool:
     info = data.point_format.dimension_by_name(name)
     if info.is_scaled or current.dtype.kind == "f":
         return True
-    low, high = info.min, info.max
+    # Bit fields share a byte: their range is that of their bits.
+    low, high = (0, 2**info.num_bits - 1) if info.num_bits < 8 else (np.iinfo(current.dtype).min, np.iinfo(current.dtype).max)
     with np.errstate(invalid="ignore"):
         return bool(np.all((values >= low) & (values <= high) & (values == np.floor(values))))
 
