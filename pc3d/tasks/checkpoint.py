@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
+import pickletools
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 
 CARD = "pc3d_card"
 CARD_FORMAT = 1
+_REQUIRED = ("task", "pipeline", "class_names", "palette", "label_map", "seed")
 Card = dict[str, Any]
 
 
@@ -163,7 +167,9 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         return _read_export(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=not trust)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # what follows is our one clear error
+            checkpoint = torch.load(path, map_location="cpu", weights_only=not trust)
     except UnpicklingError as error:
         raise InputError(_unsafe_message(path, str(error))) from error
     except Exception as error:  # torch raises RuntimeError, EOFError, KeyError, zipfile errors, ... for damaged files
@@ -178,10 +184,28 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> dict[str, Any]:
 
 
 def _unsafe_message(path: Path, error: str) -> str:
-    found = re.search(r"(?:GLOBAL|Unsupported (?:global|class|operand))[: ]+([\w.]+)", error)
-    if found is None:
+    found = re.search(r"GLOBAL ([\w.]+)", error)
+    name = found[1] if found else _foreign_global(path.read_bytes())
+    if name is None:
         return f"{path}: not a readable checkpoint ({error.splitlines()[0]}): is the file complete?"
-    return f"{path}: holds Python code ({found[1]}) which is not run: pass --trust if you made this file yourself"
+    return f"{path}: holds Python code ({name}) which is not run: pass --trust if you made this file yourself"
+
+
+def _foreign_global(content: bytes) -> str | None:
+    """The first name outside torch which a plain pickle would import; only reads the instructions, runs none."""
+    words: list[str] = []
+    with contextlib.suppress(ValueError, IndexError):  # the instructions end where the file is not a pickle
+        for instruction, argument, _ in pickletools.genops(content):
+            if instruction.name == "GLOBAL":
+                words = str(argument).split()
+            elif instruction.name == "STACK_GLOBAL":
+                words = words[-2:]
+            else:
+                words += [argument] if isinstance(argument, str) else []
+                continue
+            if not words[0].startswith(("torch", "collections")):
+                return ".".join(words)
+    return None
 
 
 def _first_line(error: Exception) -> str:
@@ -244,6 +268,9 @@ def card_of(checkpoint: Mapping[str, Any], path: str | Path) -> Card:
         raise InputError(
             f"{path}: card format {card.get('format')} of pc3d {made_by}, this version reads {CARD_FORMAT}"
         )
+    missing = [name for name in _REQUIRED if name not in card]
+    if missing:
+        raise InputError(f"{path}: its card has no '{missing[0]}'")
     return card
 
 
