@@ -68,9 +68,14 @@ class PointDataModule(pl.LightningDataModule):
         cache: bool | str = True,
     ) -> None:
         super().__init__()
-        for name, value in {"batch_size": batch_size, "val_batch_size": val_batch_size, "repeat": repeat}.items():
-            if value < 1:
-                raise InputError(f"data.{name}: {value} must be at least 1")
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("val_batch_size", val_batch_size, 1),
+            ("repeat", repeat, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if value < least:
+                raise InputError(f"data.{name}: {value} must be at least {least}")
         if not 0 <= mix3d <= 1:
             raise InputError(f"data.mix3d: {mix3d} is not a probability (0..1)")
         self.dataset = dataset
