@@ -1,6 +1,7 @@
 """``Pipeline``: the one description of how a raw cloud becomes a model's input, in training, evaluation and testing."""
 
-# No postponed annotations here: jsonargparse reads the types of a dataclass's __init__ as they stand, and would check nothing.
+# No postponed annotations here: jsonargparse takes the types of a dataclass's __init__ as they stand, and would check
+# nothing.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from pc3d.losses.base import Loss
 
 _SORTED_AT_ONCE = 1 << 25
-"""Entries of the (points, classes) error matrix sorted at once: bounds the scratch memory to a few hundred MB."""
+"""Entries of the (classes, points) error matrix sorted at once: bounds the scratch memory to a few hundred MB."""
 
 
 class Lovasz(Loss):
@@ -23,41 +23,39 @@ class Lovasz(Loss):
         valid = target != self.ignore_index
         probabilities = logits[valid].softmax(1)
         truth = F.one_hot(target[valid], logits.shape[1]).bool()
-        errors = (truth.to(probabilities.dtype) - probabilities).abs()
         present = truth.any(0)
-        per_class = (errors * jaccard_growth(errors.detach(), truth)).sum(0)
-        return per_class[present].sum() / present.sum().clamp(min=1)
+        errors = (truth.to(probabilities.dtype) - probabilities).abs().T[present]
+        weights = jaccard_growth(errors.detach(), truth.T[present])
+        return (errors * weights).sum() / max(1, len(errors))
 
 
 def jaccard_growth(errors: Tensor, truth: Tensor) -> Tensor:
     """Weight of every error in the Lovász extension of the Jaccard loss, class by class.
 
     Args:
-        errors: ``(N, K)`` errors in 0..1.
-        truth: ``(N, K)`` bool, the true class of each point.
+        errors: ``(C, N)`` errors in 0..1.
+        truth: ``(C, N)`` bool, which points have the class; at least one of each.
 
     Returns:
-        ``(N, K)``, of the dtype of ``errors``; the columns of classes without points mean nothing.
+        ``(C, N)``, of the dtype of ``errors``.
     """
     weights = torch.empty_like(errors)
-    step = max(1, _SORTED_AT_ONCE // max(1, len(errors)))
-    for start in range(0, errors.shape[1], step):
-        columns = slice(start, start + step)
-        order = errors[:, columns].argsort(dim=0, descending=True)
-        weights[:, columns] = torch.empty_like(weights[:, columns]).scatter_(
-            0, order, _growth(truth[:, columns].gather(0, order))
-        )
+    step = max(1, _SORTED_AT_ONCE // max(1, errors.shape[1]))
+    for rows in (slice(start, start + step) for start in range(0, len(errors), step)):
+        order = errors[rows].argsort(dim=1, descending=True)
+        weights[rows] = torch.empty_like(errors[rows]).scatter(1, order, _growth(truth[rows].gather(1, order)))
     return weights
 
 
 def _growth(truth: Tensor) -> Tensor:
-    """Jaccard loss after row i minus before it, of rows sorted by error.
+    """Jaccard loss after point i minus before it, of points sorted by error.
 
     Written as a product, not as a difference of two almost equal losses, which float32 cannot resolve for a million
     points.
     """
-    positives = truth.sum(0)
-    missed = truth.cumsum(0, dtype=torch.int32)
-    intersection = (positives - missed).float()
-    union = (positives + torch.arange(1, len(truth) + 1, device=truth.device)[:, None] - missed).float()
+    positives = truth.sum(1, keepdim=True)
+    found = truth.cumsum(1, dtype=torch.int32)
+    rank = torch.arange(1, truth.shape[1] + 1, device=truth.device)
+    intersection = (positives - found).float()
+    union = (positives + rank - found).float()
     return torch.where(truth, 1 / union, intersection / (union * (union - 1).clamp(min=1)))

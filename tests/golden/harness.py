@@ -50,7 +50,7 @@ class Golden:
 
 def golden_files(family: str) -> list[Any]:
     """One test parameter per file ``<family>-*.npz`` in ``$PC3D_GOLDEN_DIR``; the test id is the file's stem."""
-    folder = Path(os.environ.get("PC3D_GOLDEN_DIR", ROOT / "../shared/reference/golden"))
+    folder = ROOT / os.environ.get("PC3D_GOLDEN_DIR", "../shared/reference/golden")
     return [pytest.param(Golden(path), id=path.stem) for path in sorted(folder.glob(f"{family}-*.npz"))]
 
 

@@ -87,7 +87,7 @@ class RecordedDraw(GridSample):
 
     def __init__(self, size: float, seed: int) -> None:
         super().__init__(size, inverse=True, key_order="fnv")
-        self.numbers = np.random.RandomState(seed)  # noqa: NPY002
+        self.numbers = np.random.RandomState(seed)
 
     def _draw(self, high: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         assert (high == high.max()).all()

@@ -76,23 +76,24 @@ class ScaleAttribute(Transform):
 
 
 class HeightAboveGround(CloudTransform):
-    """Height over the terrain in metres, ``output`` (N,) float32, >= 0: for airborne and terrestrial laser scans.
+    """Height over the terrain in metres, ``output`` (N,) float32, >= 0: for laser scans from the air or the ground.
 
     The lowest point of every ``cell`` x ``cell`` column is opened with a square of ``window`` metres (erosion, then
-    dilation): whatever is narrower than the window stands on the ground, sloping ground keeps its slope. Zhang et
-    al., "A progressive morphological filter for removing nonground measurements from airborne LIDAR data", TGRS
-    2003, with one window.
+    dilation): whatever is narrower than the window stands on the ground, and sloping ground keeps its slope. Within
+    half a window of the cloud's border a slope lifts the ground's own points by up to slope * window / 2. Zhang et al.,
+    "A progressive morphological filter for removing nonground measurements from airborne LIDAR data", TGRS 2003, with
+    one window.
 
     Args:
         cell: edge of a ground cell in metres; on a slope heights are off by up to slope * cell.
-        window: widest object that is not ground, in metres; larger than the largest building, smaller than a hill.
+        window: widest object that is not ground, in metres: wider than the buildings, narrower than the hills.
         output: name of the attribute.
 
     Raises:
         InputError: when called, if the ground grid would have more than ``MAX_GROUND_CELLS`` cells.
     """
 
-    def __init__(self, cell: float = 1.0, window: float = 40.0, output: str = "height") -> None:
+    def __init__(self, cell: float = 1.0, window: float = 30.0, output: str = "height") -> None:
         if not (cell > 0 and window > 0):
             raise InputError(f"HeightAboveGround needs positive cell and window, got cell={cell}, window={window}")
         self.cell = cell
@@ -203,10 +204,9 @@ def _neighbourhood_eigen(coord: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if len(coord) == 0:
         return values, vectors
     tree = cKDTree(coord.numpy())
-    for start in range(0, len(coord), _EIGEN_CHUNK):
-        rows = slice(start, start + _EIGEN_CHUNK)
+    for rows in torch.from_numpy(tree.indices).split(_EIGEN_CHUNK):  # the tree's order keeps its branches in the cache
         _, neighbours = tree.query(coord[rows].numpy(), k=min(k, len(coord)))
-        around = coord[torch.from_numpy(neighbours).view(len(coord[rows]), -1)]
+        around = coord[torch.from_numpy(neighbours).view(len(rows), -1)]
         around = around - around.mean(1, keepdim=True)
         eigen = torch.linalg.eigh(around.mT @ around / around.shape[1])
         values[rows], vectors[rows] = eigen.eigenvalues, eigen.eigenvectors[:, :, 0]

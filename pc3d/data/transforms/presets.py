@@ -42,7 +42,11 @@ class IndoorAugment(Compose):
         if elastic:
             transforms.append(ElasticDistortion(((0.2, 0.4), (0.8, 1.6))))
         if color:
-            transforms += [ChromaticAutoContrast(p=0.2), ChromaticTranslation(0.95, 0.05), ChromaticJitter(0.95, 0.05)]
+            transforms += [
+                ChromaticAutoContrast(p=0.2),
+                ChromaticTranslation(p=0.95, ratio=0.05),
+                ChromaticJitter(p=0.95, std=0.05),
+            ]
         super().__init__(transforms)
 
 
