@@ -18,9 +18,9 @@ from pc3d.sparse import SparseConv3d, SparseConvolution, SubMConv3d
 class KernelLayout(Enum):
     """Axes of a stored kernel, from slowest to fastest. Axes of size k are in the order of the coordinate columns.
 
-    ``KRSC`` is spconv 2.2 and later ``(Cout, kx, ky, kz, Cin)``, ``RSCK`` spconv 1.x ``(kx, ky, kz, Cin, Cout)`` and
-    ``RSKC`` some spconv 2.0 and 2.1 ``(kx, ky, kz, Cout, Cin)``. MinkowskiEngine stores ``(K, Cin, Cout)`` with x fastest;
-    TorchSparse does the same for an odd kernel volume and has z fastest for an even one.
+    ``KRSC``: spconv 2.2 and later, ``(Cout, kx, ky, kz, Cin)``. ``RSCK``: spconv 1.x, ``(kx, ky, kz, Cin, Cout)``.
+    ``RSKC``: some spconv 2.0 and 2.1, ``(kx, ky, kz, Cout, Cin)``. ``MINKOWSKI``: ``(K, Cin, Cout)`` with x fastest.
+    ``TORCHSPARSE``: the same for an odd kernel volume, z fastest for an even one.
     """
 
     KRSC = "KRSC"

@@ -81,7 +81,7 @@ def _sparse_conv(
         return out.to(feat.dtype)
     wide = _accumulation_dtype(feat.dtype)
     out = feat.new_zeros(num_out, weight.shape[2], dtype=wide)
-    with _one_thread(feat):
+    with _exact_sums(feat):
         for k, (start, end) in enumerate(_runs(offsets)):
             if start < end:
                 product = feat[in_rows[start:end]].to(wide) @ weight[k].to(wide)
@@ -103,7 +103,7 @@ def _weight_grad(
         return out.to(feat.dtype)
     wide = _accumulation_dtype(feat.dtype)
     out = feat.new_zeros(len(offsets) - 1, feat.shape[1], grad.shape[1], dtype=wide)
-    with _one_thread(feat):
+    with _exact_sums(feat):
         for k, (start, end) in enumerate(_runs(offsets)):
             if start < end:
                 out[k] = feat[in_rows[start:end]].to(wide).T @ grad[out_rows[start:end]].to(wide)
@@ -113,7 +113,7 @@ def _weight_grad(
 @torch.library.custom_op("pc3d::sum_rows", mutates_args=())
 def _sum_rows(values: Tensor) -> Tensor:
     """``(C,)`` sum of the rows; unlike ``Tensor.sum`` the same bits with any number of threads."""
-    with _one_thread(values):
+    with _exact_sums(values):
         return values.sum(0)
 
 
@@ -243,14 +243,18 @@ def _runs(offsets: Tensor) -> Iterator[tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def _one_thread(tensor: Tensor) -> Iterator[None]:
-    """One CPU thread: BLAS and ``sum`` split long sums by the number of threads, which would change the bits."""
+def _exact_sums(tensor: Tensor) -> Iterator[None]:
+    """No autocast, which would round float32 products to half; and on the CPU one thread.
+
+    BLAS and ``sum`` split long sums by the number of threads, which would change the bits.
+    """
     threads = torch.get_num_threads()
-    if tensor.device.type != "cpu" or threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    serial = tensor.device.type == "cpu" and threads > 1
+    with torch.autocast(tensor.device.type, enabled=False):
+        if serial:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            if serial:
+                torch.set_num_threads(threads)

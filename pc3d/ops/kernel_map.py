@@ -72,7 +72,7 @@ def submanifold_map(coord: Tensor, kernel_size: Sequence[int], dilation: Sequenc
     Raises:
         InputError: if coordinates repeat, a batch number is negative or the grid is too large for 63-bit keys.
     """
-    kernel, spacing = _triple("kernel_size", kernel_size), _triple("dilation", dilation)
+    kernel, spacing = triple("kernel_size", kernel_size), triple("dilation", dilation)
     reach = [k // 2 * d for k, d in zip(kernel, spacing, strict=True)]
     packing = _Packing.of(coord, reach)
     keys = packing.pack(coord)
@@ -113,8 +113,8 @@ def strided_map(
     Raises:
         InputError: if coordinates repeat, a batch number is negative or the grid is too large for 63-bit keys.
     """
-    kernel, step = _triple("kernel_size", kernel_size), _triple("stride", stride)
-    pad, spacing = _triple("padding", padding, least=0), _triple("dilation", dilation)
+    kernel, step = triple("kernel_size", kernel_size), triple("stride", stride)
+    pad, spacing = triple("padding", padding, least=0), triple("dilation", dilation)
     bound = None if spatial_shape is None else output_shape(spatial_shape, kernel, step, pad, spacing)
     _sort_unique(_Packing.of(coord).pack(coord), coord)
     wide, steps = coord.long(), torch.tensor(step, device=coord.device)
@@ -141,8 +141,8 @@ def transposed_map(
     Every voxel that an input reaches is made. With ``spatial_shape`` the outputs are bounded by
     ``0 <= o < transposed_shape(...)``, as in spconv. Arguments, result and errors as in :func:`strided_map`.
     """
-    kernel, step = _triple("kernel_size", kernel_size), _triple("stride", stride)
-    pad, spacing = _triple("padding", padding, least=0), _triple("dilation", dilation)
+    kernel, step = triple("kernel_size", kernel_size), triple("stride", stride)
+    pad, spacing = triple("padding", padding, least=0), triple("dilation", dilation)
     bound = None if spatial_shape is None else transposed_shape(spatial_shape, kernel, step, pad, spacing)
     _sort_unique(_Packing.of(coord).pack(coord), coord)
     wide, steps = coord.long(), torch.tensor(step, device=coord.device)
@@ -223,9 +223,15 @@ class _Packing:
         return (torch.tensor([0, *delta], device=self.radix.device) * self.radix).sum()
 
 
-def _triple(name: str, values: Sequence[int], least: int = 1) -> Triple:
+def triple(name: str, value: int | Sequence[int], least: int = 1) -> Triple:
+    """One integer for all three axes, or three integers.
+
+    Raises:
+        ValueError: if there are not three of them, or one is less than ``least``.
+    """
+    values = (value,) * 3 if isinstance(value, int) else tuple(value)
     if len(values) != 3 or any(int(v) != v or v < least for v in values):
-        raise ValueError(f"{name} must be three integers >= {least}, got {tuple(values)}")
+        raise ValueError(f"{name} must be three integers >= {least}, got {value}")
     x, y, z = (int(v) for v in values)
     return x, y, z
 

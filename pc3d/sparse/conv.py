@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pc3d.ops.conv import sparse_conv
-from pc3d.ops.kernel_map import KernelMap
+from pc3d.ops.kernel_map import KernelMap, triple
 from pc3d.sparse import maps
 from pc3d.sparse.modules import SparseModule
 from pc3d.voxels import Voxels
@@ -34,7 +34,7 @@ class SparseConvolution(SparseModule):
         super().__init__()
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.kernel_size = maps.triple(kernel_size)
+        self.kernel_size = triple("kernel_size", kernel_size)
         self.weight = nn.Parameter(torch.empty(math.prod(self.kernel_size), in_channels, out_channels))
         self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
         self.reset_parameters()
@@ -70,7 +70,7 @@ class SubMConv3d(SparseConvolution):
         bias: bool = True,
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, bias)
-        self.dilation = maps.triple(dilation)
+        self.dilation = triple("dilation", dilation)
 
     def forward(self, voxels: Voxels) -> Voxels:
         kernel_map = maps.submanifold(voxels, self.kernel_size, self.dilation)
@@ -89,7 +89,7 @@ class _WindowedConvolution(SparseConvolution):
         bias: bool = True,
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, bias)
-        self.window = maps.Window(self.kernel_size, *map(maps.triple, (stride, padding, dilation)))
+        self.window = maps.window(kernel_size, stride, padding, dilation)
 
     def extra_repr(self) -> str:
         _, stride, padding, dilation = self.window

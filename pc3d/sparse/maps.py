@@ -21,6 +21,7 @@ from pc3d.ops.kernel_map import (
     submanifold_map,
     transposed_map,
     transposed_shape,
+    triple,
 )
 from pc3d.voxels import Voxels
 
@@ -68,12 +69,23 @@ class Derivation:
         return replace(self.parent, feat=feat, context=voxels.context)
 
 
-def triple(value: int | Sequence[int]) -> Triple:
-    """One number for all three axes, or three numbers."""
-    if isinstance(value, int):
-        return value, value, value
-    x, y, z = value
-    return x, y, z
+def window(
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    dilation: int | Sequence[int],
+) -> Window:
+    """A window from one number for all axes, or three, per setting.
+
+    Raises:
+        ValueError: if a number is not a positive integer (``padding``: not negative).
+    """
+    return Window(
+        triple("kernel_size", kernel_size),
+        triple("stride", stride),
+        triple("padding", padding, least=0),
+        triple("dilation", dilation),
+    )
 
 
 def submanifold(voxels: Voxels, kernel_size: Triple, dilation: Triple) -> KernelMap:
@@ -85,34 +97,34 @@ def submanifold(voxels: Voxels, kernel_size: Triple, dilation: Triple) -> Kernel
     return voxels.context[key][1]
 
 
-def strided(voxels: Voxels, window: Window) -> Derivation:
+def strided(voxels: Voxels, rule: Window) -> Derivation:
     """The coarser grid under a strided kernel; bounded where the grid has a ``spatial_shape``."""
-    key = ("strided", id(voxels.coord), window, voxels.spatial_shape)
+    key = ("strided", id(voxels.coord), rule, voxels.spatial_shape)
     if key not in voxels.context:
-        coord, kmap = strided_map(voxels.coord, *window, spatial_shape=voxels.spatial_shape)
-        shape = None if voxels.spatial_shape is None else output_shape(voxels.spatial_shape, *window)
-        stride = _as_stride(s * w for s, w in zip(triple(voxels.stride), window.stride, strict=True))
-        _remember(voxels, key, Derivation(coord, kmap, window, stride, shape, _without_features(voxels)))
+        coord, kmap = strided_map(voxels.coord, *rule, spatial_shape=voxels.spatial_shape)
+        shape = None if voxels.spatial_shape is None else output_shape(voxels.spatial_shape, *rule)
+        stride = _as_stride(s * w for s, w in zip(triple("stride", voxels.stride), rule.stride, strict=True))
+        _remember(voxels, key, Derivation(coord, kmap, rule, stride, shape, _without_features(voxels)))
     return voxels.context[key]
 
 
-def transposed(voxels: Voxels, window: Window) -> Derivation:
+def transposed(voxels: Voxels, rule: Window) -> Derivation:
     """The finer grid that a transposed kernel makes; bounded where the grid has a ``spatial_shape``.
 
     Raises:
         ValueError: if the grid's stride is not a multiple of the kernel's.
     """
-    key = ("transposed", id(voxels.coord), window, voxels.spatial_shape)
+    key = ("transposed", id(voxels.coord), rule, voxels.spatial_shape)
     if key not in voxels.context:
-        if any(s % w for s, w in zip(triple(voxels.stride), window.stride, strict=True)):
+        if any(s % w for s, w in zip(triple("stride", voxels.stride), rule.stride, strict=True)):
             raise ValueError(
-                f"a transposed convolution of stride {window.stride} needs a grid whose stride is a multiple of it, "
+                f"a transposed convolution of stride {rule.stride} needs a grid whose stride is a multiple of it, "
                 f"this one has stride {voxels.stride}"
             )
-        coord, kmap = transposed_map(voxels.coord, *window, spatial_shape=voxels.spatial_shape)
-        shape = None if voxels.spatial_shape is None else transposed_shape(voxels.spatial_shape, *window)
-        stride = _as_stride(s // w for s, w in zip(triple(voxels.stride), window.stride, strict=True))
-        _remember(voxels, key, Derivation(coord, kmap, window, stride, shape, _without_features(voxels)))
+        coord, kmap = transposed_map(voxels.coord, *rule, spatial_shape=voxels.spatial_shape)
+        shape = None if voxels.spatial_shape is None else transposed_shape(voxels.spatial_shape, *rule)
+        stride = _as_stride(s // w for s, w in zip(triple("stride", voxels.stride), rule.stride, strict=True))
+        _remember(voxels, key, Derivation(coord, kmap, rule, stride, shape, _without_features(voxels)))
     return voxels.context[key]
 
 

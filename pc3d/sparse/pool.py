@@ -34,8 +34,7 @@ class _Pool(SparseModule):
         dilation: int | Sequence[int] = 1,
     ) -> None:
         super().__init__()
-        steps = kernel_size if stride is None else stride
-        self.window = maps.Window(*map(maps.triple, (kernel_size, steps, padding, dilation)))
+        self.window = maps.window(kernel_size, kernel_size if stride is None else stride, padding, dilation)
 
     def forward(self, voxels: Voxels) -> Voxels:
         made = maps.strided(voxels, self.window)
