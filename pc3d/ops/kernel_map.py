@@ -6,12 +6,14 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pc3d.errors import InputError
+from pc3d.ops.backend import cpu_kernels
 
 Triple = tuple[int, int, int]
 
@@ -52,10 +54,8 @@ class KernelMap:
     def inverse(self) -> KernelMap:
         """The same pairs from output to input, under the same kernel offsets (built once)."""
         if "inverse" not in self.plans:
-            order = _order_by_offset_and_row(self.in_rows, self.offsets, self.num_in)
-            self.plans["inverse"] = KernelMap(
-                self.out_rows[order], self.in_rows[order], self.offsets, self.num_out, self.num_in
-            )
+            pairs = _exchange(self.in_rows, self.out_rows, self.offsets, self.num_in)
+            self.plans["inverse"] = KernelMap(*pairs, self.offsets, self.num_out, self.num_in)
         return self.plans["inverse"]
 
 
@@ -73,6 +73,15 @@ def submanifold_map(coord: Tensor, kernel_size: Sequence[int], dilation: Sequenc
         InputError: if coordinates repeat, a batch number is negative or the grid is too large for 63-bit keys.
     """
     kernel, spacing = triple("kernel_size", kernel_size), triple("dilation", dilation)
+    kernels = _kernels_for(coord)
+    found = None if kernels is None else kernels.submanifold_map(coord.contiguous(), kernel, spacing)
+    if found is not None:
+        in_rows, out_rows, offsets = found
+        return KernelMap(in_rows, out_rows, offsets, len(coord), len(coord))
+    return _submanifold_reference(coord, kernel, spacing)
+
+
+def _submanifold_reference(coord: Tensor, kernel: Triple, spacing: Triple) -> KernelMap:
     reach = [k // 2 * d for k, d in zip(kernel, spacing, strict=True)]
     packing = _Packing.of(coord, reach)
     keys = packing.pack(coord)
@@ -116,6 +125,13 @@ def strided_map(
     kernel, step = triple("kernel_size", kernel_size), triple("stride", stride)
     pad, spacing = triple("padding", padding, least=0), triple("dilation", dilation)
     bound = None if spatial_shape is None else output_shape(spatial_shape, kernel, step, pad, spacing)
+    fast = _strided_by_kernels(coord, kernel, step, pad, spacing, bound, transposed=False)
+    return fast or _strided_reference(coord, kernel, step, pad, spacing, bound)
+
+
+def _strided_reference(
+    coord: Tensor, kernel: Triple, step: Triple, pad: Triple, spacing: Triple, bound: Triple | None
+) -> tuple[Tensor, KernelMap]:
     _sort_unique(_Packing.of(coord).pack(coord), coord)
     wide, steps = coord.long(), torch.tensor(step, device=coord.device)
     rows, cells = [], []
@@ -144,6 +160,13 @@ def transposed_map(
     kernel, step = triple("kernel_size", kernel_size), triple("stride", stride)
     pad, spacing = triple("padding", padding, least=0), triple("dilation", dilation)
     bound = None if spatial_shape is None else transposed_shape(spatial_shape, kernel, step, pad, spacing)
+    fast = _strided_by_kernels(coord, kernel, step, pad, spacing, bound, transposed=True)
+    return fast or _transposed_reference(coord, kernel, step, pad, spacing, bound)
+
+
+def _transposed_reference(
+    coord: Tensor, kernel: Triple, step: Triple, pad: Triple, spacing: Triple, bound: Triple | None
+) -> tuple[Tensor, KernelMap]:
     _sort_unique(_Packing.of(coord).pack(coord), coord)
     wide, steps = coord.long(), torch.tensor(step, device=coord.device)
     rows, cells = [], []
@@ -223,6 +246,26 @@ class _Packing:
         return (torch.tensor([0, *delta], device=self.radix.device) * self.radix).sum()
 
 
+def _kernels_for(coord: Tensor) -> ModuleType | None:
+    """The C++ kernels where they can serve; they answer None to what the reference must decide (or refuse)."""
+    if coord.dtype != torch.int32 or coord.ndim != 2 or coord.shape[1] != 4:
+        return None
+    return cpu_kernels(coord)
+
+
+def _strided_by_kernels(
+    coord: Tensor, kernel: Triple, step: Triple, pad: Triple, spacing: Triple, bound: Triple | None, transposed: bool
+) -> tuple[Tensor, KernelMap] | None:
+    kernels = _kernels_for(coord)
+    if kernels is None:
+        return None
+    found = kernels.strided_map(coord.contiguous(), kernel, step, pad, spacing, bound, transposed)
+    if found is None:
+        return None
+    out_coord, in_rows, out_rows, offsets = found
+    return out_coord, KernelMap(in_rows, out_rows, offsets, len(coord), len(out_coord))
+
+
 def triple(name: str, value: int | Sequence[int], least: int = 1) -> Triple:
     """One integer for all three axes, or three integers.
 
@@ -274,6 +317,15 @@ def _find(sorted_keys: Tensor, order: Tensor, wanted: Tensor) -> Tensor:
 
 def _borders(groups: Sequence[Tensor]) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(len(group) for group in groups)])
+
+
+def _exchange(in_rows: Tensor, out_rows: Tensor, offsets: Tensor, num_in: int) -> tuple[Tensor, Tensor]:
+    """Pairs with input and output exchanged, brought back to ascending output rows."""
+    kernels = cpu_kernels(in_rows, out_rows)
+    if kernels is not None:
+        return kernels.inverse_map(in_rows.contiguous(), out_rows.contiguous(), offsets, num_in)
+    order = _order_by_offset_and_row(in_rows, offsets, num_in)
+    return out_rows[order], in_rows[order]
 
 
 def _order_by_offset_and_row(rows: Tensor, offsets: Tensor, num_rows: int) -> Tensor:
