@@ -34,7 +34,7 @@ class Unit(NamedTuple):
 
 
 class FolderDataset(PointDataset):
-    """Every readable cloud below a folder.
+    """The readable clouds below a folder.
 
     A config needs a root, a label map and how to split::
 
@@ -47,6 +47,7 @@ class FolderDataset(PointDataset):
 
     Args:
         root: the folder; searched with its sub-folders.
+        files: which files below it, glob patterns or regular expressions (``re:...``); by default all that can be read.
         label_field: attribute that holds the labels.
         label_file: or the file that holds them, beside each cloud: a path with ``{stem}``, e.g.
             ``../labels/{stem}.label`` (``.label`` SemanticKITTI, ``.npy``, else text with one number per line).
@@ -70,6 +71,7 @@ class FolderDataset(PointDataset):
     def __init__(
         self,
         root: str | None = None,
+        files: str | list[str] = "*",
         label_field: str = "segment",
         label_file: str | None = None,
         label_map: LabelMap | None = None,
@@ -87,6 +89,7 @@ class FolderDataset(PointDataset):
         if tile is not None and not tile > 0:
             raise InputError(f"FolderDataset.tile: {tile} must be a length in metres, above 0")
         self.root = None if root is None else Path(root)
+        self.files = files
         self.label_field = label_field
         self.label_file = label_file
         self.unknown: Unknown = unknown
@@ -145,7 +148,7 @@ class FolderDataset(PointDataset):
         for split in _ORDER:  # patterns first: a share is taken from what they leave
             selection = self.selections[split]
             if selection is not None and not isinstance(selection, (int, float)):
-                matching = self._matching(split, [selection] if isinstance(selection, str) else selection, files)
+                matching = self._matching(split, selection, files)
                 chosen[split] = [unit for unit in units if unit.file in matching]
         for split in _ORDER:
             selection = self.selections[split]
@@ -178,7 +181,7 @@ class FolderDataset(PointDataset):
             files = [file for file in files if file.resolve() not in labels]
         if not files:
             raise InputError(f"{self.root}: no readable point cloud in it or below it")
-        return files
+        return sorted(self._matching("files", self.files, files))
 
     def _name_files(self, files: Sequence[Path]) -> dict[Path, str]:
         """Names without suffix, with the sub-folder; with the suffix where two files differ in nothing else."""
@@ -188,15 +191,16 @@ class FolderDataset(PointDataset):
         uses = Counter(names.values())
         return {file: name if uses[name] == 1 else paths[file] for file, name in names.items()}
 
-    def _matching(self, split: Split, patterns: Sequence[str], files: Sequence[Path]) -> set[Path]:
+    def _matching(self, option: str, patterns: str | Sequence[str], files: Sequence[Path]) -> set[Path]:
+        """The files that fit any of the patterns of an option; each pattern must fit some."""
         assert self.root is not None
         found: set[Path] = set()
-        for pattern in patterns:
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
             matches = {file for file in files if _matches(file.relative_to(self.root).as_posix(), pattern)}
             if not matches:
                 example = files[0].relative_to(self.root).as_posix()
                 raise InputError(
-                    f"{self.root}: {split} pattern '{pattern}' matches none of {len(files)} files (e.g. {example})"
+                    f"{self.root}: {option} pattern '{pattern}' matches none of {len(files)} files (e.g. {example})"
                 )
             found |= matches
         return found
