@@ -124,6 +124,8 @@ def write(
     original = None if template is None else Path(template)
     if original is not None and (family not in ("las", "ply", "pcd") or _family(original.suffix.lower()) != family):
         raise InputError(f"{path}: template {original} must be a file of the same kind (.las/.laz, .ply or .pcd)")
+    if original is not None and not original.is_file():
+        raise InputError(f"{original}: no such file (template of {path})")
     if encoding is not None and family not in ("ply", "pcd"):
         raise InputError(f"{path}: encoding='{encoding}' is for .ply and .pcd")
     columns = to_columns(points, family)

@@ -82,7 +82,7 @@ def _detect(values: Array, path: Path) -> int:
     fitting = [count for count in _DETECTED if len(values) % count == 0]
     if not fitting:
         raise InputError(
-            f"{path}: {len(values)} float32 numbers are not whole rows of 4, 5 or 6 columns: truncated? else pass columns="
+            f"{path}: {len(values)} float32 numbers are no whole rows of 4, 5 or 6 columns: truncated? or pass columns="
         )
     if len(fitting) == 1:
         return fitting[0]

@@ -115,18 +115,18 @@ def _open(laspy: Any, path: Path) -> Any:
 def _new(laspy: Any, columns: Mapping[str, Array], meta: Mapping[str, Any]) -> Any:
     coord = columns["coord"].astype(np.float64)
     low, high = (coord.min(0), coord.max(0)) if len(coord) else (np.zeros(3), np.zeros(3))
+    extent = float((high - low).max()) or 1.0
+    fine = np.full(3, min(_MAX_STEP, 10.0 ** np.floor(np.log10(extent * 2.0**-24))))
     if "las_header" in meta:
         header = laspy.LasHeader.read_from(io.BytesIO(base64.b64decode(meta["las_header"])))
         header.evlrs = None
         header.number_of_evlrs = 0
         limits = np.abs([(low - header.offsets) / header.scales, (high - header.offsets) / header.scales]).max(0)
         if np.any(limits >= 2**31):
-            header.offsets = np.floor(low)
+            header.offsets, header.scales = np.floor(low), fine
     else:
         header = laspy.LasHeader(version="1.4", point_format=7 if "color" in columns else 6)
-        extent = float((high - low).max(initial=0)) or 1.0
-        header.offsets = np.floor(low)
-        header.scales = np.full(3, min(_MAX_STEP, 10.0 ** np.floor(np.log10(extent * 2.0**-24))))
+        header.offsets, header.scales = np.floor(low), fine
     data = laspy.LasData(header, points=laspy.ScaleAwarePointRecord.zeros(len(coord), header=header))
     if "las_header" not in meta:
         data.return_number[:] = 1
@@ -139,7 +139,7 @@ def _assign(laspy: Any, data: Any, columns: Mapping[str, Array], path: Path, kee
     extra: dict[str, Array] = {}
     for name, values in columns.items():
         if name == "coord":
-            data.x, data.y, data.z = values.astype(np.float64).T
+            _set_coord(data, values.astype(np.float64), path)
         elif name == "color" and set(_COLOR) <= names:
             _set_color(data, values)
         elif name in names and _fits(data, name, values):
@@ -168,6 +168,16 @@ def _assign(laspy: Any, data: Any, columns: Mapping[str, Array], path: Path, kee
         data[name] = values
 
 
+def _set_coord(data: Any, coord: Array, path: Path) -> None:
+    try:
+        data.x, data.y, data.z = coord.T
+    except OverflowError as error:
+        scales, offsets = data.header.scales.tolist(), data.header.offsets.tolist()
+        raise InputError(
+            f"{path}: coordinates do not fit the scales {scales} and offsets {offsets} of the header"
+        ) from error
+
+
 def _set_color(data: Any, color: Array) -> None:
     # 8-bit colours use the whole 16-bit range, as the LAS specification asks.
     stored = color if color.dtype == np.uint16 else color.astype(np.uint16) * 257
@@ -183,7 +193,9 @@ def _fits(data: Any, name: str, values: Array) -> bool:
     if info.is_scaled or current.dtype.kind == "f":
         return True
     # Bit fields share a byte: their range is that of their bits.
-    low, high = (0, 2**info.num_bits - 1) if info.num_bits < 8 else (np.iinfo(current.dtype).min, np.iinfo(current.dtype).max)
+    low, high = (
+        (0, 2**info.num_bits - 1) if info.num_bits < 8 else (np.iinfo(current.dtype).min, np.iinfo(current.dtype).max)
+    )
     with np.errstate(invalid="ignore"):
         return bool(np.all((values >= low) & (values <= high) & (values == np.floor(values))))
 

@@ -7,6 +7,7 @@ import numpy as np
 from pc3d.ops.backend import cpu_kernels
 
 _MAX_LITERALS = 32
+_DAMAGED = "LZF data are damaged"
 MAX_RATIO = 88
 """No stream grows by more than this: three bytes give at most 264."""
 
@@ -18,7 +19,7 @@ def decompress(data: bytes, size: int) -> bytes:
         ValueError: if the stream is damaged or holds another number of bytes.
     """
     if size > MAX_RATIO * len(data):
-        raise ValueError("LZF data are damaged")
+        raise ValueError(_DAMAGED)
     kernels = cpu_kernels()
     return _decompress(data, size) if kernels is None else kernels.lzf_decompress(data, size)
 
@@ -41,18 +42,18 @@ def _decompress(data: bytes, size: int) -> bytes:
             continue
         extra = 1 if control >> 5 == 7 else 0
         if at + extra >= end:
-            break
+            raise ValueError(_DAMAGED)
         length = (control >> 5) + (data[at] if extra else 0) + 2
         distance = ((control & 31) << 8 | data[at + extra]) + 1
         at += extra + 1
         start = len(out) - distance
         if start < 0:
-            break
+            raise ValueError(_DAMAGED)
         copied = out[start : start + length]
         # A copy that reaches into its own output repeats the bytes since its start.
         out += (copied * (length // distance + 1))[:length] if distance < length else copied
     if len(out) != size or at != end:
-        raise ValueError("LZF data are damaged")
+        raise ValueError(_DAMAGED)
     return bytes(out)
 
 

@@ -13,11 +13,16 @@ import numpy as np
 from pc3d.errors import InputError
 from pc3d.io import lzf
 from pc3d.io.ascii import parse_numbers, to_dtype, write_rows
-from pc3d.io.table import Array, Table, changes, group, narrow
+from pc3d.io.table import Array, Table, changes, flatten, group, narrow
 
 _ENCODINGS = ("ascii", "binary", "binary_compressed")
 _KINDS = {"I": "i", "U": "u", "F": "f"}
-_SPELLING = {"coord": ("x", "y", "z"), "normal": ("normal_x", "normal_y", "normal_z")}
+_SPELLING = {
+    "coord": ("x", "y", "z"),
+    "color": ("red", "green", "blue"),
+    "normal": ("normal_x", "normal_y", "normal_z"),
+}
+_MAX_COUNT = 1 << 20
 _IDENTITY = [0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
 
 
@@ -111,12 +116,12 @@ def _fields(columns: Mapping[str, Array], path: Path) -> dict[str, Array]:
     """``(N, count)`` little-endian fields under the names of PCL; colours packed."""
     fields: dict[str, Array] = {}
     rest = dict(columns)
-    color = rest.pop("color", None)
+    packed_color = "color" in rest and rest["color"].dtype == np.uint8
+    color = rest.pop("color") if packed_color else None
     for name, values in rest.items():
         if name == "alpha" and color is not None and values.dtype == np.uint8:
             continue
-        flat = values.reshape(len(values), -1) if values.size else np.zeros((len(values), 1), values.dtype)
-        flat = narrow(flat, name, path, wide_integers=True)
+        flat = narrow(flatten(values), name, path, wide_integers=True)
         if name in _SPELLING:
             fields.update({label: flat[:, i : i + 1] for i, label in enumerate(_SPELLING[name])})
         else:
@@ -182,9 +187,14 @@ def _parse_header(data: bytes, path: Path) -> _Header:
     except (ValueError, TypeError, IndexError) as error:
         raise InputError(f"{path}: PCD header not understood: {' '.join(str(error).split())}") from error
     named = [item.name for item in fields if item.name != "_"]
-    if len(set(named)) < len(named) or min([width, height, *counts]) < 0 or len(viewpoint) != 7:
+    if (
+        len(set(named)) < len(named)
+        or min(width, height, min(counts) - 1) < 0
+        or max(counts) > _MAX_COUNT
+        or len(viewpoint) != 7
+    ):
         raise InputError(
-            f"{path}: PCD header not understood: repeated fields, negative sizes or a viewpoint without 7 numbers"
+            f"{path}: PCD header not understood: repeated fields, impossible sizes or a viewpoint without 7 numbers"
         )
     if points != width * height:
         raise InputError(f"{path}: PCD header has POINTS {points}, but WIDTH {width} x HEIGHT {height}")
@@ -208,9 +218,10 @@ def _read_ascii(body: bytes, header: _Header, path: Path) -> list[Array]:
             f"{path}: header promises {count} points of {width} numbers, "
             f"the file has {len(numbers)} of {numbers.shape[1]}"
         )
+    numbers = numbers[:count] if count else np.zeros((0, width))
     ends = np.cumsum([item.count for item in header.fields])
     return [
-        to_dtype(numbers[:count].reshape(count, -1)[:, end - item.count : end], item.dtype, path, item.name)
+        to_dtype(numbers[:, end - item.count : end], item.dtype, path, item.name)
         for item, end in zip(header.fields, ends, strict=True)
     ]
 

@@ -137,7 +137,7 @@ def write(
         encoding = encoding or header.encoding
     encoding = encoding or "binary_little_endian"
     for name, values in merged.items():
-        if name not in _SPELLING and values.ndim > 1:
+        if name not in (*_SPELLING, "strength") and values.ndim > 1:
             comments.append(f"comment {_VECTOR} {_word(name)} {int(np.prod(values.shape[1:]))}")
     fields = {_word(name): narrow(values, name, path) for name, values in split(merged, _SPELLING).items()}
     vertex = _Element("vertex", len(merged["coord"]), [_Property(name, v.dtype.str[1:]) for name, v in fields.items()])
@@ -222,6 +222,8 @@ def _parse_header(data: bytes, path: Path) -> _Header:
 
 def _parse_property(words: list[str]) -> _Property:
     if words[1] == "list":
+        if _TYPES[words[2]][0] == "f":
+            raise ValueError
         return _Property(words[4], _TYPES[words[3]], _TYPES[words[2]])
     return _Property(words[2], _TYPES[words[1]])
 
@@ -237,6 +239,8 @@ def _vertices(data: bytes, header: _Header, path: Path) -> tuple[dict[str, Array
 
 def _element(data: bytes, header: _Header, at: int, path: Path) -> tuple[dict[str, Array], int, int]:
     """Columns of element number ``at``, and where its data start and end in the file."""
+    if not header.elements[at].properties:
+        raise InputError(f"{path}: element '{header.elements[at].name}' has no properties")
     if header.encoding == "ascii":
         return _element_ascii(data, header, at, path)
     start = header.size
@@ -269,6 +273,8 @@ def _layout(data: bytes, start: int, element: _Element, header: _Header, path: P
         count_dtype = np.dtype(order + item.count_dtype)
         _check_size(data, offset + count_dtype.itemsize if element.count else 0, element, path)
         length = int(np.frombuffer(data, count_dtype, count=1, offset=offset)[0]) if element.count else 0
+        if length < 0:
+            raise InputError(f"{path}: list '{item.name}' of element '{element.name}' has length {length}")
         _check_size(data, offset + count_dtype.itemsize + length * dtype.itemsize, element, path)
         fields += [(f"n{i}", count_dtype), (f"v{i}", dtype, (length,))]
         offset += count_dtype.itemsize + length * dtype.itemsize
@@ -304,7 +310,7 @@ def _element_ascii(data: bytes, header: _Header, at: int, path: Path) -> tuple[d
         width = 1
         if item.count_dtype and element.count:
             lengths = values[:, column] if column < values.shape[1] else np.zeros(1)
-            width = int(lengths[0]) if np.all(lengths == lengths[0]) and lengths[0] >= 0 else -1
+            width = int(lengths[0]) if np.all(lengths == lengths[0]) and 0 <= lengths[0] < np.inf else -1
             if width < 0:
                 raise InputError(
                     f"{path}: the lists '{item.name}' of element '{element.name}' differ in length: not supported"

@@ -59,6 +59,8 @@ def to_points(table: Table, path: Path, invalid: Invalid | None = None, allow_em
             f"{path}: no coordinates: fields x, y, z are missing (it has: {', '.join(columns) or 'nothing'})"
         )
     stored = columns.pop("coord")
+    if invalid not in (None, "error", "drop"):
+        raise InputError(f"{path}: invalid='{invalid}' is neither 'error' nor 'drop'")
     meta: dict[str, Any] = {"name": path.stem, "path": str(path), **table.meta, "dtypes": {"coord": stored.dtype.name}}
     if table.skipped:
         meta["skipped"] = list(table.skipped)
@@ -155,7 +157,7 @@ def changes(original: Table, columns: Mapping[str, Array], family: str, path: Pa
             and np.array_equal(values, before[name], equal_nan=True)
         ):
             continue
-        if name in stored:
+        if name in stored and name != "color":
             values = restore(values, stored[name].dtype.name)
         changed[name] = values if rows is None else _scatter(values, rows.numpy(), stored, name)
     return changed
@@ -189,15 +191,16 @@ def narrow(values: Array, name: str, path: Path, wide_integers: bool = False) ->
     raise InputError(f"{path}: field '{name}' has value {values[np.argmax(np.abs(values))]}, too large for this format")
 
 
+def flatten(values: Array) -> Array:
+    """``(N, C)`` from ``(N,)`` or ``(N, ...)``."""
+    return values.reshape(len(values), int(np.prod(values.shape[1:])))
+
+
 def split(columns: Mapping[str, Array], spelling: Mapping[str, Sequence[str]]) -> dict[str, Array]:
     """One-column fields: ``(N, C)`` becomes ``name_0`` ... or the names in ``spelling``, ``(N, 1)`` keeps its name."""
     fields: dict[str, Array] = {}
     for name, values in columns.items():
-        flat = (
-            values.reshape(len(values), -1)
-            if values.size
-            else values.reshape(len(values), int(np.prod(values.shape[1:])))
-        )
+        flat = flatten(values)
         width = flat.shape[1]
         names = spelling.get(name, ()) if len(spelling.get(name, ())) == width else ()
         if not names:
@@ -311,7 +314,7 @@ def _to_tensor(name: str, values: Array, meta: dict[str, Any]) -> torch.Tensor:
         scale = _color_scale(values)
         if scale != 1.0:
             meta["color_scale"] = scale
-        return torch.from_numpy((values / scale).astype(np.float32))
+        return torch.from_numpy((values.astype(np.float64) / scale).astype(np.float32))
     if name == "normal" and values.shape[1:] == (3,):
         return torch.from_numpy(values.astype(np.float32))
     if name == "strength" and values.size == len(values):

@@ -35,7 +35,7 @@ def read(path: Path, columns: int | Sequence[str] | None = None) -> Table:
     lines = data.decode("utf-8-sig", errors="replace").splitlines()
     start, comment = _skip_comments(lines)
     count: int | None = None
-    if start < len(lines) and re.fullmatch(r"\s*\d+\s*", lines[start]):
+    if start < len(lines) and re.fullmatch(r"\s*\d{1,15}\s*", lines[start]):
         count = int(lines[start])
         start, _ = _skip_comments(lines, start + 1)
     names: list[str] | None = None
@@ -45,7 +45,8 @@ def read(path: Path, columns: int | Sequence[str] | None = None) -> Table:
     if start >= len(lines):
         return Table({name: np.zeros(0, np.float32) for name in names or "xyz"})
     delimiter = _delimiter(lines[start], path, start + 1)
-    body = [line for line in lines[start:] if not line.lstrip().startswith(("#", "//"))]
+    # Comments become blank lines, so that errors name the right line.
+    body = ["" if line.lstrip().startswith(("#", "//")) else line for line in lines[start:]]
     values = parse_numbers(body, path, start + 1, delimiter)
     if count is not None and count != len(values):
         raise InputError(f"{path}: line 1 promises {count} points, the file has {len(values)}")
