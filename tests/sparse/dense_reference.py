@@ -54,16 +54,16 @@ def at(dense: Tensor, coord: Tensor, low: Sequence[int]) -> Tensor:
 
 
 def strided_windows(
-    voxels: Voxels, window: Sequence[Sequence[int]], fill: float = 0.0, reach: int = 4
+    voxels: Voxels, window: Sequence[Sequence[int]], fill: float = 0.0, reach: int = 3
 ) -> tuple[Tensor, list[int]]:
     """A volume whose valid windows are the outputs ``low, low + 1, ...`` of a strided layer, and ``low``.
 
     Covers every window that can meet a voxel with ``|coordinate| <= reach``.
     """
     size, stride, padding, dilation = window
-    low = [-((reach + d * k) // s) - 2 for k, s, d in zip(size, stride, dilation, strict=True)]
+    low = [-((reach + d * (k - 1)) // s) - 1 for k, s, d in zip(size, stride, dilation, strict=True)]
     first = [l * s - p for l, s, p in zip(low, stride, padding, strict=True)]
-    last = [reach + p + 2 * d * k + 2 * s for k, s, p, d in zip(size, stride, padding, dilation, strict=True)]
+    last = [reach + d * k + s for k, s, d in zip(size, stride, dilation, strict=True)]
     return volume(voxels, first, last, fill), low
 
 
