@@ -336,6 +336,11 @@ class Axis {
     return {&lists_[c + padding_ - base * stride_], base};
   }
   int64_t lowest(int64_t c) const { return of(c).base + lowest_; }
+  int64_t most_outputs() const {
+    size_t most = 0;
+    for (const std::vector<Reach> &list : lists_) most = std::max(most, list.size());
+    return static_cast<int64_t>(most);
+  }
   int64_t highest(int64_t c) const { return of(c).base + highest_; }
 
  private:
@@ -350,25 +355,39 @@ struct Stencil {
   std::array<Axis, 3> axes;
   Triple kernel, low, high;  // outputs with low <= out <= high
 
-  template <class Visit>
-  void visit(const int32_t *cell, Visit &&visit) const {
-    const Axis::Reaches x = axes[0].of(cell[1]), y = axes[1].of(cell[2]), z = axes[2].of(cell[3]);
-    for (const Axis::Reach &rx : *x.list) {
-      const int64_t ox = x.base + rx.shift;
-      if (ox < low[0] || ox > high[0]) continue;
-      for (const Axis::Reach &ry : *y.list) {
-        const int64_t oy = y.base + ry.shift;
-        if (oy < low[1] || oy > high[1]) continue;
-        for (const Axis::Reach &rz : *z.list) {
-          const int64_t oz = z.base + rz.shift;
-          if (oz < low[2] || oz > high[2]) continue;
-          const int64_t out[4] = {cell[0], ox, oy, oz};
-          visit((rx.k * kernel[1] + ry.k) * kernel[2] + rz.k, out);
-        }
-      }
-    }
-  }
+  int64_t volume() const { return kernel[0] * kernel[1] * kernel[2]; }
+  int64_t most_outputs() const { return axes[0].most_outputs() * axes[1].most_outputs() * axes[2].most_outputs(); }
 };
+
+// A pair before the outputs have numbers.
+struct Candidate {
+  int64_t key;
+  int32_t in_row, k;
+};
+
+// Appends the candidates of sorted voxels [begin, end).
+void reach(const Coord &coord, const SortedVoxels &voxels, const Stencil &stencil, const Layout &layout, int64_t begin,
+           int64_t end, std::vector<Candidate> &found) {
+  const auto inside = [&](int axis, int64_t out) { return out >= stencil.low[axis] && out <= stencil.high[axis]; };
+  Axis::Reaches x{}, y{};
+  const int32_t *last = nullptr;
+  found.reserve((end - begin) * stencil.most_outputs());
+  for (int64_t i = begin; i < end; ++i) {
+    const int32_t row = voxels.row(i), *cell = coord.data() + 4 * int64_t{row};
+    if (!last || last[1] != cell[1]) x = stencil.axes[0].of(cell[1]);  // sorted: x and y seldom change
+    if (!last || last[2] != cell[2]) y = stencil.axes[1].of(cell[2]);
+    last = cell;
+    const Axis::Reaches z = stencil.axes[2].of(cell[3]);
+    for (const Axis::Reach &rx : *x.list)
+      for (const Axis::Reach &ry : *y.list)
+        for (const Axis::Reach &rz : *z.list) {
+          const int64_t out[4] = {cell[0], x.base + rx.shift, y.base + ry.shift, z.base + rz.shift};
+          if (!inside(0, out[1]) || !inside(1, out[2]) || !inside(2, out[3])) continue;
+          const int64_t k = (rx.k * stencil.kernel[1] + ry.k) * stencil.kernel[2] + rz.k;
+          found.push_back({layout.key(out), row, static_cast<int32_t>(k)});
+        }
+  }
+}
 
 struct Candidates {
   Buffer<int64_t> keys;    // output key of each pair, kernel offset after kernel offset, inputs in raster order
@@ -377,18 +396,12 @@ struct Candidates {
 };
 
 Candidates list_candidates(const Coord &coord, const SortedVoxels &voxels, const Stencil &stencil, const Layout &layout) {
-  const int64_t volume = stencil.kernel[0] * stencil.kernel[1] * stencil.kernel[2];
-  const int64_t count = voxels.size(), chunks = chunks_of(count);
+  const int64_t volume = stencil.volume(), count = voxels.size(), chunks = chunks_of(count);
   std::vector<int64_t> next(chunks * volume, 0);
-  const auto for_rows = [&](int64_t chunk, auto &&visit) {
-    for (int64_t i = chunk * kChunk, end = std::min(i + kChunk, count); i < end; ++i) {
-      const int32_t row = voxels.row(i);
-      stencil.visit(coord.data() + 4 * row, [&](int64_t k, const int64_t *out) { visit(row, k, out); });
-    }
-  };
+  std::vector<std::vector<Candidate>> found(chunks);
   parallel_tasks(chunks, [&](int64_t chunk) {
-    int64_t *counts = next.data() + chunk * volume;
-    for_rows(chunk, [&](int32_t, int64_t k, const int64_t *) { ++counts[k]; });
+    reach(coord, voxels, stencil, layout, chunk * kChunk, std::min((chunk + 1) * kChunk, count), found[chunk]);
+    for (const Candidate &candidate : found[chunk]) ++next[chunk * volume + candidate.k];
   });
   Candidates all;
   all.offsets = Buffer<int64_t>(volume + 1);
@@ -401,12 +414,11 @@ Candidates list_candidates(const Coord &coord, const SortedVoxels &voxels, const
   all.keys = Buffer<int64_t>(total);
   all.in_rows = Buffer<int32_t>(total);
   parallel_tasks(chunks, [&](int64_t chunk) {
-    int64_t *slots = next.data() + chunk * volume;
-    for_rows(chunk, [&](int32_t row, int64_t k, const int64_t *out) {
-      const int64_t slot = slots[k]++;
-      all.keys[slot] = layout.key(out);
-      all.in_rows[slot] = row;
-    });
+    for (const Candidate &candidate : found[chunk]) {
+      const int64_t slot = next[chunk * volume + candidate.k]++;
+      all.keys[slot] = candidate.key;
+      all.in_rows[slot] = candidate.in_row;
+    }
   });
   return all;
 }
