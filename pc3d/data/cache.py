@@ -109,7 +109,10 @@ class CloudCache:
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
                 return  # another process was first: its entry is as good
             self._writable = False
-            warnings.warn(f"cache {self.folder}: {error.strerror}; going on without it (slower)", stacklevel=2)
+            warnings.warn(
+                f"cache {self.folder}: cannot be written ({error.strerror or error}); going on without it (slower)",
+                stacklevel=2,
+            )
         finally:
             if temporary is not None and temporary.exists():
                 shutil.rmtree(temporary, ignore_errors=True)
