@@ -120,6 +120,17 @@ def _segment_max_backward(grad: Tensor, values: Tensor, largest: Tensor, offsets
     return (grad / ties.clamp(min=1))[segment].masked_fill_(~is_largest, 0)
 
 
+@torch.library.custom_op("pc3d::segment_expand", mutates_args=())
+def _segment_expand(values: Tensor, offsets: Tensor, rows: int) -> Tensor:
+    """``(S, C)`` -> ``(rows, C)``: each segment's row once per row of the segment."""
+    kernels = cpu_kernels(values, offsets)
+    if kernels is None:
+        return values[_segment_of_row(offsets, rows)]
+    out = values.new_empty(rows, values.shape[1])
+    kernels.segment_expand(values.detach().contiguous(), offsets.contiguous(), out)
+    return out
+
+
 @_segment_sum.register_fake
 @_segment_max.register_fake
 def _(values: Tensor, offsets: Tensor) -> Tensor:
@@ -131,13 +142,18 @@ def _(grad: Tensor, values: Tensor, largest: Tensor, offsets: Tensor) -> Tensor:
     return torch.empty_like(values, memory_format=torch.contiguous_format)
 
 
+@_segment_expand.register_fake
+def _(values: Tensor, offsets: Tensor, rows: int) -> Tensor:
+    return values.new_empty(rows, values.shape[1])
+
+
 def _save_sum(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.rows = len(inputs[0])
     ctx.save_for_backward(inputs[1])
 
 
 def _sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    return grad[_segment_of_row(ctx.saved_tensors[0], ctx.rows)], None
+    return torch.ops.pc3d.segment_expand(grad, ctx.saved_tensors[0], ctx.rows), None
 
 
 def _save_max(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
