@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import RichProgressBar
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pc3d.errors import InputError
@@ -66,26 +68,29 @@ def score_table(scores: SegmentationScores, class_names: list[str], title: str) 
     truth, predicted = scores.confusion.sum(1).tolist(), scores.confusion.sum(0).tolist()
     for i, name in enumerate(class_names):
         if truth[i] or predicted[i]:
-            table.add_row(name, f"{scores.iou[i]:.3f}", f"{scores.acc[i]:.3f}", f"{truth[i]:,}", f"{predicted[i]:,}")
+            table.add_row(
+                escape(name), f"{scores.iou[i]:.3f}", f"{scores.acc[i]:.3f}", f"{truth[i]:,}", f"{predicted[i]:,}"
+            )
         else:
-            table.add_row(name, "absent", "", "0", "0")
+            table.add_row(escape(name), "absent", "", "0", "0")
     return table
 
 
 class SavePictures(pl.Callback):
-    """Writes the confusion matrix and the first clouds as input | truth | prediction after each validation and test.
+    """Writes the confusion matrix and the first clouds as input | truth | prediction, in training and test.
 
-    Files: ``{val,test}-confusion.png`` and ``{val,test}-<cloud>.png``; each validation replaces those of the last.
-    Without matplotlib one line says so and the run goes on.
+    Files: ``{val,test}-confusion.png`` and ``{val,test}-<cloud>.png``; each validation replaces those of the last. The
+    matrix is written after every validation, the clouds (seconds each) after the last one of a training. Without
+    matplotlib one line says so and the run goes on.
 
     Args:
         folder: where the pictures go, default ``pictures`` in the run's folder.
         clouds: number of clouds drawn.
-        every_n_validations: draw after every n-th validation only.
+        every_n_validations: draw the clouds after every n-th validation too.
     """
 
-    def __init__(self, folder: str | None = None, clouds: int = 3, every_n_validations: int = 1) -> None:
-        if clouds < 0 or every_n_validations < 1:
+    def __init__(self, folder: str | None = None, clouds: int = 3, every_n_validations: int | None = None) -> None:
+        if clouds < 0 or (every_n_validations is not None and every_n_validations < 1):
             raise InputError(
                 f"SavePictures: clouds {clouds} must be >= 0, every_n_validations {every_n_validations} >= 1"
             )
@@ -95,7 +100,7 @@ class SavePictures(pl.Callback):
         self.written: list[Path] = []
         self._kept: list[tuple[Points, torch.Tensor]] = []
         self._validations = 0
-        self._missing_said = False
+        self._failed = False
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._kept = []
@@ -111,6 +116,22 @@ class SavePictures(pl.Callback):
     def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *args: Any) -> None:
         self._keep(trainer, outputs)
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        self._validations += 1
+        self._draw_confusion(trainer, pl_module, "val")
+        wanted = self.every_n_validations is not None and self._validations % self.every_n_validations == 0
+        if wanted or trainer.state.fn != "fit":
+            self._draw_clouds(trainer, pl_module, "val")
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._draw_clouds(trainer, pl_module, "val")
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._draw_confusion(trainer, pl_module, "test")
+        self._draw_clouds(trainer, pl_module, "test")
+
     def _keep(self, trainer: pl.Trainer, outputs: Mapping[str, Any]) -> None:
         """Copy the first clouds with their predictions to the CPU."""
         if trainer.sanity_checking or not trainer.is_global_zero:
@@ -120,38 +141,37 @@ class SavePictures(pl.Callback):
             start, end = batch.offsets[i : i + 2].tolist()
             self._kept.append((batch[i].cpu(), outputs["prediction"][start:end].cpu()))
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking:
-            return
-        self._validations += 1
-        if self._validations % self.every_n_validations == 0:
-            self._write(trainer, pl_module, "val")
+    def _draw_confusion(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        from pc3d.viz.figures import save_confusion_matrix
 
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._write(trainer, pl_module, "test")
-
-    def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if not trainer.is_global_zero:
-            return
         task = _segmentation(pl_module)
-        from pc3d.viz.figures import save_confusion_matrix, save_triptych
+        path = self._folder(trainer) / f"{stage}-confusion.png"
+        self._draw(trainer, partial(save_confusion_matrix, path, task.scores[stage].confusion, task.class_names))
 
-        folder = Path(self.folder) if self.folder else run_folder(trainer) / "pictures"
-        try:
-            written = [
-                save_confusion_matrix(folder / f"{stage}-confusion.png", task.scores[stage].confusion, task.class_names)
-            ]
-            for i, (cloud, prediction) in enumerate(self._kept):
-                name = Path(str(cloud.meta[0].get("name", i))).name
-                path = folder / f"{stage}-{name}.png"
-                truth = cloud.get("segment")
-                written.append(save_triptych(path, cloud, truth, prediction, task.palette, task.class_names))
-        except InputError as error:
-            if not self._missing_said:
-                Console(stderr=True).print(f"no pictures: {error}", soft_wrap=True)
-            self._missing_said = True
+    def _draw_clouds(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        from pc3d.viz.figures import save_triptych
+
+        task = _segmentation(pl_module)
+        for i, (cloud, prediction) in enumerate(self._kept):
+            path = self._folder(trainer) / f"{stage}-{Path(str(cloud.meta[0].get('name', i))).name}.png"
+            truth = cloud.get("segment")
+            self._draw(trainer, partial(save_triptych, path, cloud, truth, prediction, task.palette, task.class_names))
+        self._kept = []
+
+    def _draw(self, trainer: pl.Trainer, save: Callable[[], Path]) -> None:
+        """A picture that cannot be written (no matplotlib, full disk) costs one line, not the run."""
+        if self._failed or not trainer.is_global_zero:
             return
-        self.written = [path for path in self.written if path not in written] + written
+        try:
+            path = save()
+        except InputError as error:
+            self._failed = True
+            Console(stderr=True).print(f"no pictures: {error}", soft_wrap=True, markup=False)
+            return
+        self.written = [*(old for old in self.written if old != path), path]
+
+    def _folder(self, trainer: pl.Trainer) -> Path:
+        return Path(self.folder) if self.folder else run_folder(trainer) / "pictures"
 
 
 class RunRecord(pl.Callback):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -139,7 +140,7 @@ def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     """A plain-text table."""
     table = Table(*columns, title=title, title_justify="left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console = Console(file=io.StringIO(), width=120, force_terminal=False)
     console.print(table)
     return console.file.getvalue()  # type: ignore[attr-defined]
@@ -245,13 +246,22 @@ def load_task(
     checkpoint = read_checkpoint(path, trust)
     card = card_of(checkpoint, path)
     task, pipeline = instantiate(card["task"], allow), instantiate(card["pipeline"], allow)
-    try:
-        task.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:
-        raise InputError(f"{path}: the weights do not fit the model of the card: {_one_line(error)}") from error
+    check_weights(checkpoint["state_dict"], task.state_dict(), path)
+    task.load_state_dict(checkpoint["state_dict"])
     task.pipeline, task.label_map, task.seed = pipeline, card["label_map"], card["seed"]
     task.palette = None if card["palette"] is None else [tuple(color) for color in card["palette"]]
     return task.eval(), pipeline, card
+
+
+def check_weights(state: Mapping[str, Tensor], model: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raises InputError unless two state dicts have the same names and shapes; says in one line how they differ."""
+    shapes, expected = ({name: tuple(v.shape) for name, v in side.items()} for side in (state, model))
+    odd = [name for name in {**expected, **shapes} if shapes.get(name) != expected.get(name)]
+    if odd:
+        first = (
+            f"'{odd[0]}' is {shapes.get(odd[0], 'missing')} in the file, {expected.get(odd[0], 'missing')} in the model"
+        )
+        raise InputError(f"{path}: the weights do not fit the model: {len(odd)} tensors differ, {first}")
 
 
 def card_of(checkpoint: Mapping[str, Any], path: str | Path) -> Card:
@@ -272,10 +282,6 @@ def card_of(checkpoint: Mapping[str, Any], path: str | Path) -> Card:
     if missing:
         raise InputError(f"{path}: its card has no '{missing[0]}'")
     return card
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 # Weights without a run -----------------------------------------------------------------------------------------------
@@ -336,7 +342,7 @@ def init_weights(task: SemanticSegmentation, path: str | Path, strict: bool = Fa
         notes=_init_notes(task, checkpoint.get(CARD)),
     )
     if not fits or (strict and (report.missing or report.unused or report.reshaped)):
-        raise InputError(f"{path}: does not fit the model: {_one_line(ValueError(str(report)))}")
+        raise InputError(f"{path}: does not fit the model: {' '.join(str(report).split())}")
     task.load_state_dict(fits, strict=False)
     return report
 

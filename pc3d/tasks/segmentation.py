@@ -21,9 +21,9 @@ from pc3d.metrics import SegmentationMetrics, SegmentationScores
 from pc3d.nn.backbone import Backbone
 from pc3d.points import Points
 from pc3d.tasks.augmentations import TestAugmentation, augmentation_passes
-from pc3d.tasks.checkpoint import CARD, check_card, data_entries, make_card
+from pc3d.tasks.checkpoint import CARD, check_card, check_weights, data_entries, make_card
 from pc3d.tasks.heads import LinearHead, SegmentationHead
-from pc3d.tasks.inference import original_rows, predict_cloud
+from pc3d.tasks.inference import labels_of, original_rows, predict_cloud
 from pc3d.tasks.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule, freeze_parameters
 
 _ADAMW = OptimizerConfig()
@@ -106,20 +106,17 @@ class SemanticSegmentation(pl.LightningModule, Configurable):
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
             self.pipeline, self.palette, self.label_map = data.pipeline, data.dataset.palette, data.dataset.label_map
-            self._check_data(list(data.class_names), data.in_channels)
+            if list(data.class_names) != self.class_names:
+                raise InputError(f"model.class_names {self.class_names} are not those of the data: {data.class_names}")
+            if data.in_channels != self.backbone.in_channels:
+                raise InputError(
+                    f"model.backbone takes {self.backbone.in_channels} channels, "
+                    f"data.pipeline.features {data.pipeline.features} make {data.in_channels}"
+                )
         if self.seed is None:
             self.seed = int(os.environ.get("PL_GLOBAL_SEED") or torch.initial_seed())
         if stage == "fit":
             make_card(self)  # a model that cannot be described must fail before the training, not after it
-
-    def _check_data(self, class_names: list[str], in_channels: int) -> None:
-        if class_names != self.class_names:
-            raise InputError(f"model.class_names {self.class_names} are not those of the data: {class_names}")
-        if in_channels != self.backbone.in_channels:
-            raise InputError(
-                f"model.backbone takes {self.backbone.in_channels} channels, data.pipeline.features "
-                f"{list(self.pipeline.features) if self.pipeline else []} make {in_channels}"
-            )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         steps = self.trainer.estimated_stepping_batches
@@ -144,10 +141,11 @@ class SemanticSegmentation(pl.LightningModule, Configurable):
 
     # Training --------------------------------------------------------------------------------------------------------
 
-    def on_train_batch_start(self, batch: Points, batch_idx: int) -> None:
-        self._reseed(self.current_epoch, batch_idx)
+    def on_fit_start(self) -> None:
+        self.train()  # the trainer leaves modes as it finds them: those of a loaded or partly frozen task are not right
 
     def training_step(self, batch: Points, batch_idx: int) -> Tensor:
+        self._reseed(self.current_epoch, batch_idx)
         logits = self(batch)
         loss = self._loss(logits, batch.get("segment"), "train", len(batch))
         self.train_metrics.update(logits.detach().argmax(1), batch.get("segment"))
@@ -165,21 +163,15 @@ class SemanticSegmentation(pl.LightningModule, Configurable):
         loss = torch.stack(losses).sum()
         self.log(f"{stage}/loss", loss, prog_bar=stage == "train", batch_size=batch_size, sync_dist=stage != "train")
         if len(losses) > 1:
-            for i, (criterion, value) in enumerate(zip(self.criteria, losses, strict=True)):
-                self.log(
-                    f"{stage}/loss_{i}_{type(criterion).__name__}",
-                    value,
-                    batch_size=batch_size,
-                    sync_dist=stage != "train",
-                )
+            names = [f"{stage}/loss_{i}_{type(criterion).__name__}" for i, criterion in enumerate(self.criteria)]
+            values = dict(zip(names, losses, strict=True))
+            self.log_dict(values, batch_size=batch_size, sync_dist=stage != "train")
         return loss
 
     # Evaluation ------------------------------------------------------------------------------------------------------
 
-    def on_validation_batch_start(self, batch: Points, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._reseed(-1, batch_idx)
-
     def validation_step(self, batch: Points, batch_idx: int) -> dict[str, Any]:
+        self._reseed(-1, batch_idx)
         logits = self(batch)
         self._loss(logits, batch.get("segment"), "val", len(batch))
         original, rows = original_rows(batch)
@@ -190,24 +182,16 @@ class SemanticSegmentation(pl.LightningModule, Configurable):
     def on_validation_epoch_end(self) -> None:
         self._finish("val", self.val_metrics)
 
-    def on_test_batch_start(self, batch: Sequence[Points], batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._reseed(-1, batch_idx)
-
     def test_step(self, batch: Sequence[Points], batch_idx: int) -> dict[str, Any]:
+        self._reseed(-1, batch_idx)
         if self.pipeline is None:
             raise InputError("testing needs the data's pipeline: use a PointDataModule or a checkpoint with a card")
         (cloud,) = batch
         generator = torch.Generator().manual_seed(batch_idx)
-        probabilities = predict_cloud(
-            self,
-            self.pipeline,
-            cloud,
-            self.augmentations,
-            fragments_per_pass=self.fragments_per_pass,
-            generator=generator,
-        )
-        prediction = probabilities.argmax(1)
-        self.test_metrics.update(prediction, cloud.get("segment"))
+        options: dict[str, Any] = {"fragments_per_pass": self.fragments_per_pass, "generator": generator}
+        prediction = labels_of(predict_cloud(self, self.pipeline, cloud, self.augmentations, **options))
+        # What ``pipeline.prepare`` removes is not part of the task, as in validation.
+        self.test_metrics.update(prediction, cloud.get("segment").where(prediction >= 0, -1))
         return {"points": cloud, "prediction": prediction}
 
     def on_test_epoch_end(self) -> None:
@@ -220,14 +204,13 @@ class SemanticSegmentation(pl.LightningModule, Configurable):
         self.scores[stage] = scores
         values = {
             "mIoU": scores.miou,
-            "mIoU_present": scores.miou_present,
             "mAcc": scores.macc,
             "allAcc": scores.all_acc,
+            "mIoU_present": scores.miou_present,
         }
         if stage != "train":
             values |= {f"IoU/{name}": iou for name, iou in zip(self.class_names, scores.iou.tolist(), strict=True)}
-        for name, value in values.items():
-            self.log(f"{stage}/{name}", value, prog_bar=(stage, name) == ("val", "mIoU"), sync_dist=True)
+        self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, sync_dist=True)
 
     # Exact restarts and checkpoints ----------------------------------------------------------------------------------
 
@@ -241,8 +224,8 @@ class SemanticSegmentation(pl.LightningModule, Configurable):
         checkpoint[CARD] = make_card(self, {k: v for k, v in figures.items() if k.startswith(("val/", "test/"))})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        card = checkpoint.get(CARD)
-        if card is None:
-            return
-        self.seed = card["seed"]
-        check_card(card, "checkpoint", class_names=self.class_names, **data_entries(self.pipeline))
+        path = str(self.trainer.ckpt_path) if self._trainer is not None else "checkpoint"
+        if CARD in checkpoint:
+            check_card(checkpoint[CARD], path, class_names=self.class_names, **data_entries(self.pipeline))
+            self.seed = checkpoint[CARD]["seed"]
+        check_weights(checkpoint["state_dict"], self.state_dict(), path)

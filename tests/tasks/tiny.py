@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pc3d import Points
+from pc3d.data.dataset import PointDataset
+from pc3d.data.module import PointDataModule
 from pc3d.data.pipeline import Pipeline
-from pc3d.data.transforms import CenterShift, NormalizeColor
+from pc3d.data.transforms import CenterShift, NormalizeColor, RandomJitter, RandomRotate
 from pc3d.nn.backbone import Backbone, FeatureInfo
 from pc3d.tasks import SemanticSegmentation
 
@@ -83,3 +85,34 @@ def tiny_task(**options: object) -> SemanticSegmentation:
 def trainer(folder: object, **options: object) -> pl.Trainer:
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "logger": False}
     return pl.Trainer(default_root_dir=folder, **{**quiet, "max_epochs": 2, **options})  # type: ignore[arg-type]
+
+
+class TinyClouds(PointDataset):
+    """The same clouds as a data set of the house."""
+
+    def __init__(self, train: int = 6) -> None:
+        self.train = train
+        self.class_names = CLASSES
+
+    def size(self, split: str) -> int:
+        return {"train": self.train, "val": 2, "test": 2}[split]
+
+    def name(self, split: str, index: int) -> str:
+        return f"{split}{index}"
+
+    def load(self, split: str, index: int) -> Points:
+        return cloud({"train": 0, "val": 100, "test": 200}[split] + index)
+
+    def fingerprint(self, split: str, index: int) -> str:
+        return f"tiny {split} {index}"
+
+
+def real_data(**options: object) -> PointDataModule:
+    lines = Pipeline(
+        0.25,
+        ["coord", "color"],
+        prepare=[CenterShift()],
+        augment=[RandomRotate(axis="z", p=1.0), RandomJitter()],
+        finish=[NormalizeColor()],
+    )
+    return PointDataModule(TinyClouds(), lines, **{"batch_size": 2, "cache": False, **options})  # type: ignore[arg-type]
