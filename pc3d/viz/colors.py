@@ -19,6 +19,9 @@ UNLABELLED: Color = (188, 188, 188)
 RIGHT: Color = (214, 218, 222)
 WRONG: Color = (222, 32, 38)
 
+# Where files keep the class of a point, the first that is there counts.
+LABEL_FIELDS = ("segment", "label", "prediction", "classification", "labels", "class", "scalar_Label", "scalar_label")
+
 # Neighbours differ in hue and in lightness, so that they stay apart in grey print and for colour-blind readers.
 _DISTINCT: tuple[Color, ...] = (
     (86, 140, 200),
@@ -86,31 +89,37 @@ def scalar_colors(values: Tensor | NDArray) -> NDArray[np.uint8]:
     return colors
 
 
+def label_field(points: Points) -> str | None:
+    """Name of the attribute that holds the classes of a cloud, None if there is none."""
+    return next((name for name in LABEL_FIELDS if name in points), None)
+
+
 def color_modes(points: Points) -> list[str]:
     """What :func:`point_colors` can show of a cloud: ``label`` and ``rgb`` if present, ``height``, every attribute."""
-    first = [mode for mode, name in (("label", "segment"), ("rgb", "color")) if name in points]
-    plain = [name for name in points.attrs if name not in ("segment", "color")]
-    return [*first, "height", *plain]
+    label = label_field(points)
+    first = [*(["label"] if label else []), *(["rgb"] if "color" in points else [])]
+    return [*first, "height", *(name for name in points.attrs if name not in (label, "color"))]
 
 
 def point_colors(points: Points, mode: str = "auto", palette: Palette | None = None) -> NDArray[np.uint8]:
     """``(N, 3)`` uint8 colours of a cloud.
 
     Args:
-        mode: ``label`` (attribute ``segment``), ``rgb`` (attribute ``color``), ``height``, the name of any attribute,
+        mode: ``label`` (see :func:`label_field`), ``rgb`` (attribute ``color``), ``height``, the name of any attribute,
             or ``auto``: the first of colour, label, strength or intensity, height that the cloud has. Vectors of three
             are shown as colours, other attributes of several columns by their first.
 
     Raises:
         InputError: if the cloud does not have what ``mode`` asks for.
     """
+    label = label_field(points)
     if mode == "auto":
-        present = [m for m, name in (("rgb", "color"), ("label", "segment")) if name in points]
+        present = ["rgb"] if "color" in points else ["label"] if label else []
         present += [name for name in ("strength", "intensity") if name in points]
         mode = (present or ["height"])[0]
     if mode == "height":
         return scalar_colors(points.coord[:, 2])
-    name = {"label": "segment", "rgb": "color"}.get(mode, mode)
+    name = {"label": label or "label", "rgb": "color"}.get(mode, mode)
     if name not in points:
         raise InputError(
             f"{points.describe()}: no '{name}' to colour by (choose from: {', '.join(color_modes(points))})"
@@ -118,7 +127,7 @@ def point_colors(points: Points, mode: str = "auto", palette: Palette | None = N
     values = points.get(name).detach().cpu().numpy()
     if name == "color":
         return np.clip(values.round(), 0, 255).astype(np.uint8)
-    if name in ("segment", "instance", "prediction"):
+    if name in (*LABEL_FIELDS, "instance"):
         return label_colors(values, palette if name != "instance" else None)
     if values.ndim == 2 and values.shape[1] == 3:
         low, high = values.min(0), values.max(0)

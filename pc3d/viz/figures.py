@@ -14,7 +14,16 @@ from torch import Tensor
 from pc3d.errors import InputError
 from pc3d.io.atomic import atomic_write
 from pc3d.points import Points
-from pc3d.viz.colors import RIGHT, UNLABELLED, WRONG, Palette, distinct_palette, label_colors, point_colors
+from pc3d.viz.colors import (
+    LABEL_FIELDS,
+    RIGHT,
+    UNLABELLED,
+    WRONG,
+    Palette,
+    distinct_palette,
+    label_colors,
+    point_colors,
+)
 from pc3d.viz.render import choose_view, rasterize
 
 if TYPE_CHECKING:
@@ -90,7 +99,7 @@ def save_triptych(
     highest = max(int(predicted.max(initial=0)), -1 if actual is None else int(actual.max(initial=0)))
     names = list(class_names or []) or [str(i) for i in range(highest + 1)]
     colors = list(palette or distinct_palette(len(names)))
-    input_colors = point_colors(points.without_attrs("segment"), "auto")
+    input_colors = point_colors(points.without_attrs(*LABEL_FIELDS), "auto")
     panels = [("input", input_colors), ("prediction", label_colors(predicted, colors))]
     if actual is not None:
         panels.insert(1, ("truth", label_colors(actual, colors)))

@@ -1,0 +1,104 @@
+"""The config parser's many-line messages as one line: the key, what is wrong with it, and the key that was meant."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from pc3d.cli.errors import one_line
+from pc3d.cli.parser import suggest
+from pc3d.errors import InputError
+
+_UNKNOWN = (
+    re.compile(r"unrecognized arguments: --?(?P<key>[\w.]+)"),
+    re.compile(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'"),
+    re.compile(r"Option '(?P<key>[\w.]+)' is not accepted"),
+)
+_CLASS = re.compile(r"Problem with given class_path '([\w.]+)'")
+_MISSING = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
+_EXPECTED = re.compile(r"Expected an? (?P<type>.+?)(?:\. Got value: (?P<value>.*))?$", re.MULTILINE | re.DOTALL)
+
+
+@contextlib.contextmanager
+def readable_config_errors(parser: Any) -> Iterator[None]:
+    """Turn what parsing a config or building its objects raises into an ``InputError`` of one line.
+
+    Raises:
+        InputError: in place of parser errors, and of the type and value errors of constructors.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (argparse.ArgumentError, yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
+        raise InputError(f"config: {config_message(str(error), parser)}") from error
+
+
+def config_message(text: str, parser: Any) -> str:
+    """One line for one message of the config parser."""
+    path = re.findall(r"Parser key \"([\w.]+)\"", text)
+    classes = _CLASS.findall(text)
+    for pattern in _UNKNOWN:
+        if match := pattern.search(text):
+            group = match.groupdict().get("group")
+            key = ".".join(filter(None, [*path, group, match["key"]]))
+            return f"unknown key '{key}'{_meant(key, match['key'], classes, parser)}"
+    where = f"{'.'.join(path)}: " if path else ""
+    if match := _MISSING.search(text):
+        return f"{where}{match[1]} has no '{match[2]}'{_closest_name(match[1], match[2])}"
+    if expected := _EXPECTED.findall(text):
+        types = [_type_name(name) for name, _ in expected]
+        value = next((value for _, value in expected if value), None) or _after(text, "Given value: ")
+        return f"{where}expected {' or '.join(dict.fromkeys(types))}, got {one_line(value)!r}"
+    details = re.sub(r"Parser key \"[\w.]+\":|Problem with given class_path", "", text).strip()
+    return where + one_line(details)
+
+
+def _meant(key: str, last: str, classes: list[str], parser: Any) -> str:
+    """The suggestion for an unknown key: among the arguments of its class, or among all keys of the parser."""
+    if classes:
+        return suggest(last, _arguments(classes[-1]))
+    known = {action.dest for action in parser._actions} | {group for group in ("trainer", "model", "data")}
+    depth = key.count(".")
+    parts = key.split(".")
+    same_depth = {".".join(name.split(".")[: depth + 1]) for name in known if name.count(".") >= depth}
+    for end in range(1, depth + 2):  # the first part that no key starts with is the mistyped one
+        prefix, names = ".".join(parts[:end]), {".".join(name.split(".")[:end]) for name in known}
+        if prefix not in names:
+            return suggest(prefix, {name for name in names if name.count(".") == end - 1})
+    return suggest(key, same_depth)
+
+
+def _arguments(class_path: str) -> list[str]:
+    module, _, name = class_path.rpartition(".")
+    cls = getattr(importlib.import_module(module), name)
+    return [argument for argument in inspect.signature(cls.__init__).parameters if argument != "self"]
+
+
+def _closest_name(module: str, name: str) -> str:
+    with contextlib.suppress(ImportError):
+        return suggest(name, [public for public in dir(importlib.import_module(module)) if not public.startswith("_")])
+    return ""
+
+
+def _type_name(text: str) -> str:
+    found = re.search(r"<class '(?:[\w.]*\.)?(\w+)'>", text)
+    name = found[1] if found else one_line(text).removeprefix("typing.")
+    return {
+        "NoneType": "null",
+        "str": "text",
+        "float": "a number",
+        "int": "a whole number",
+        "bool": "true or false",
+    }.get(name, name)
+
+
+def _after(text: str, marker: str) -> str:
+    return text.split(marker, 1)[1].strip() if marker in text else ""

@@ -1,0 +1,43 @@
+"""Failures that have a cause the user can change, each as one line."""
+
+from __future__ import annotations
+
+import errno
+
+from pc3d.errors import InputError
+
+
+def explain(error: BaseException) -> str | None:
+    """One line that says what is wrong; None for an error of the program itself (which deserves its traceback)."""
+    for cause in _chain(error):
+        if isinstance(cause, InputError):
+            return one_line(str(cause))
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f"{cause.filename}: " if cause.filename else ""
+            return f"{where}the disk is full: nothing was written; free some space or choose another --run_dir or -o"
+        if isinstance(cause, OSError) and cause.filename is not None and cause.strerror:
+            return f"{cause.filename}: {cause.strerror}"
+        if _out_of_memory(cause):
+            return "out of memory: use smaller clouds (crop, --tile), a smaller batch_size, or a larger grid_size"
+    return None
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """The error and what it was raised from."""
+    chain, current = [], error
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__ or current.__context__  # type: ignore[assignment]
+    return chain
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )

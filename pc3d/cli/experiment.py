@@ -1,0 +1,181 @@
+"""A config becomes data, model, trainer and a run folder: what ``train`` and ``test`` share."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import yaml
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_only
+
+from pc3d.cli.config_errors import readable_config_errors
+from pc3d.cli.runs import CHECKPOINTS, Run, free_folder
+from pc3d.data.module import PointDataModule
+from pc3d.errors import InputError
+from pc3d.io.atomic import atomic_write
+from pc3d.tasks.callbacks import RunRecord, SavePictures, ScoreProgressBar, ScoreTable
+from pc3d.tasks.segmentation import SemanticSegmentation
+
+# Options of one call, not of the experiment: a saved config does not hold them, so nothing is resumed by accident.
+CALL_OPTIONS = ("config", "ckpt_path", "init_from", "run_dir", "trust")
+
+
+class Experiment(LightningCLI):
+    """The objects that a config describes; nothing is written and nothing runs until they are used.
+
+    Args:
+        arguments: ``--config FILE`` and overrides, as on the command line.
+        plan: chooses the run's folder and checkpoint from the parsed config; called before anything is built.
+        program: name shown in messages.
+
+    Raises:
+        InputError: for anything wrong in the config, in one line.
+    """
+
+    model: SemanticSegmentation
+    datamodule: PointDataModule
+    trainer: pl.Trainer
+
+    def __init__(self, arguments: Sequence[str], plan: Callable[[Any], Run], program: str = "pc3d train") -> None:
+        self.plan = plan
+        for name in ("pytorch_lightning", "lightning_fabric"):
+            logging.getLogger(name).setLevel(logging.WARNING)  # set when imported; what matters is printed by us
+        with _program_name(program):
+            super().__init__(
+                SemanticSegmentation,
+                PointDataModule,
+                run=False,
+                args=list(arguments),
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                save_config_callback=None,
+                parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
+            )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        add_call_options(parser)
+        parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
+        parser.link_arguments("data.in_channels", "model.backbone.init_args.in_channels", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        with readable_config_errors(parser):
+            super().parse_arguments(parser, args)
+
+    def before_instantiate_classes(self) -> None:
+        self.run = self.plan(self.config)
+
+    def instantiate_classes(self) -> None:
+        with readable_config_errors(self.parser):
+            super().instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        given = self.config_init["trainer"]
+        if given["logger"] in (None, True):
+            kwargs["logger"] = self._loggers()
+        kwargs["callbacks"] = [*(given["callbacks"] or []), *self._callbacks(given)]
+        kwargs["default_root_dir"] = str(given["default_root_dir"] or self.run.folder)
+        if given["enable_model_summary"] is None:
+            kwargs["enable_model_summary"] = False
+        return super().instantiate_trainer(**kwargs)
+
+    def _loggers(self) -> list[Logger]:
+        """CSV always, TensorBoard if installed; a resumed run logs beside its earlier part, not over it."""
+        logs = free_folder(self.run.folder / "logs").name if self.run.resumed else "logs"
+        loggers: list[Logger] = [CSVLogger(self.run.folder, name="", version=logs)]
+        if importlib.util.find_spec("tensorboard") is not None:
+            loggers.append(TensorBoardLogger(self.run.folder, name="", version=logs))
+        return loggers
+
+    def _callbacks(self, trainer: Any) -> list[Callback]:
+        """Reports and checkpoints, except those that the config brings or switches off."""
+        own: list[Callback] = [
+            ScoreTable(),
+            SavePictures(str(self.run.folder / "pictures")),
+            RunRecord(self.saved_config(), str(self.run.folder)),
+        ]
+        if trainer["enable_progress_bar"] is not False:
+            own.append(ScoreProgressBar())
+        given = {type(callback) for callback in trainer["callbacks"] or []}
+        own = [callback for callback in own if type(callback) not in given]
+        if trainer["enable_checkpointing"] is not False and not trainer["fast_dev_run"]:
+            own += self._checkpoints()
+        return own
+
+    def _checkpoints(self) -> list[Callback]:
+        """``best.ckpt`` by validation mIoU; ``last.ckpt`` after every epoch and, on request, every so many steps."""
+        common: dict[str, Any] = {"dirpath": self.run.folder / CHECKPOINTS, "enable_version_counter": False}
+        checkpoints = [
+            ModelCheckpoint(filename="best", monitor="val/mIoU", mode="max", **common),
+            ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **common),
+        ]
+        if self.config["every_n_train_steps"]:
+            checkpoints.append(
+                ModelCheckpoint(filename="last", every_n_train_steps=self.config["every_n_train_steps"], **common)
+            )
+        return list(checkpoints)
+
+    def saved_config(self) -> dict[str, Any]:
+        """The whole config as plain values, defaults included, without the options of this call."""
+        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False, format="yaml"))
+        return {key: value for key, value in config.items() if key not in CALL_OPTIONS}
+
+    @rank_zero_only
+    def save_config(self) -> None:
+        """Write ``config.yaml`` to the run folder: ``pc3d train --config`` with it repeats the run."""
+        with atomic_write(self.run.folder / "config.yaml") as temporary:
+            temporary.write_text(yaml.safe_dump(self.saved_config(), sort_keys=False))
+
+
+def add_call_options(parser: Any) -> None:
+    """The options of ``train`` which are not part of trainer, model or data."""
+    parser.add_argument("--ckpt_path", type=str | None, default=None, help="resume: 'last' or a checkpoint file")
+    parser.add_argument("--init_from", type=str | None, default=None, help="start from the weights of a checkpoint")
+    parser.add_argument("--test", type=bool, default=True, help="test the best checkpoint after training")
+    parser.add_argument("--run_dir", type=str | None, default=None, help="folder of the run, default runs/<config>")
+    parser.add_argument("--every_n_train_steps", type=int | None, default=None, help="save last.ckpt this often")
+    parser.add_argument("--trust", type=bool, default=False, help="run code inside --init_from (your own file only)")
+
+
+@contextlib.contextmanager
+def _program_name(name: str) -> Iterator[None]:
+    """jsonargparse and Lightning look at the process's own arguments, which are not those of an embedded call."""
+    before, sys.argv = sys.argv, [name]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def check_configs(arguments: Sequence[str]) -> None:
+    """Check that a command line has a ``--config`` and that the file is there.
+
+    Raises:
+        InputError: if not; names the configs that come with the project.
+    """
+    paths = [value for flag, value in _pairs(arguments) if flag in ("--config", "-c")]
+    if not paths:
+        raise InputError(f"no config: add --config FILE.yaml{_known_configs()}")
+    for path in paths:
+        if not Path(path).is_file():
+            raise InputError(f"{path}: no such config file{_known_configs()}")
+
+
+def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for i, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if flag.startswith("-"):
+            yield flag, value if equals else (arguments[i + 1] if i + 1 < len(arguments) else "")
+
+
+def _known_configs() -> str:
+    known = sorted(str(path) for path in Path("configs").glob("*/*.yaml"))
+    return f" (here are: {', '.join(known)})" if known else ""

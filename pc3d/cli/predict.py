@@ -1,0 +1,219 @@
+"""``pc3d predict``: class labels for clouds of any readable format, with nothing but a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pc3d.cli.parser import Parser
+from pc3d.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pc3d.points import Points
+
+EXAMPLES = """\
+  pc3d predict scan.laz --ckpt runs/demo/checkpoints/best.ckpt -o labelled.laz
+  pc3d predict tiles/ --ckpt best.ckpt -o labelled/ --format laz --tile 100
+  pc3d predict room.ply --ckpt best.ckpt -o room_labelled.ply --tta scannet --probabilities
+
+LAS and LAZ get 'classification' (the codes of the training files) and 'confidence'; header, coordinate system, point
+order and all other fields stay as they are. Other formats get 'label', 'confidence' and colours by label."""
+
+
+def main(arguments: list[str]) -> int:
+    options = _parser().parse_args(arguments)
+
+    import torch
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from pc3d.tasks import load_task
+
+    jobs = plan_jobs([Path(name) for name in options.inputs], Path(options.output), options.format)
+    task, pipeline, card = load_task(options.ckpt, trust=options.trust)
+    task.to(_device(options.device, torch))
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    with Progress(*columns, transient=True) as progress:
+        bar = progress.add_task("predicting", total=len(jobs))
+        for source, target in jobs:
+            progress.update(bar, description=source.name)
+            line = predict_file(source, target, task, pipeline, card, options)
+            progress.print(line, soft_wrap=True, highlight=False)
+            progress.advance(bar)
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser("predict", "Label clouds with a checkpoint; they need no labels of their own.", EXAMPLES)
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="cloud files, or folders of them")
+    parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint (.ckpt) or export (.safetensors)")
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="file, or folder for several inputs")
+    parser.add_argument("--format", metavar="SUFFIX", help="ply, pcd, las, laz, npz, label ...; default: as the input")
+    parser.add_argument("--probabilities", action="store_true", help="add the probability of every class")
+    parser.add_argument("--keep_colors", action="store_true", help="keep the colours instead of colouring by label")
+    parser.add_argument(
+        "--mode", choices=["vote", "fast"], default="vote", help="vote over all points (default), or one pass per cell"
+    )
+    parser.add_argument(
+        "--tta", choices=["none", "scannet", "s3dis"], default="none", help="test-time augmentation, in mode vote"
+    )
+    parser.add_argument("--tile", type=float, metavar="METRES", help="cut large clouds into square tiles")
+    parser.add_argument("--columns", metavar="NAMES", help="columns of .bin, .npy and text files: x,y,z,intensity")
+    parser.add_argument("--invalid", choices=["error", "drop"], help="points without finite coordinates")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1")
+    parser.add_argument("--trust", action="store_true", help="run code inside the checkpoint (your own file only)")
+    return parser
+
+
+# What to read and where to write ------------------------------------------------------------------------------------
+
+
+def plan_jobs(inputs: Sequence[Path], output: Path, suffix: str | None) -> list[tuple[Path, Path]]:
+    """Pairs of source and target file; below a folder the targets keep the sources' sub-folders.
+
+    Raises:
+        InputError: for missing inputs, formats that cannot be written, and targets that are inputs or collide.
+    """
+    from pc3d.io import READABLE, WRITABLE, can_read
+
+    writable = (*WRITABLE, ".label")
+    wanted = None if suffix is None else "." + suffix.lower().lstrip(".")
+    if wanted is not None and wanted not in writable:
+        raise InputError(f"--format {suffix}: cannot be written (formats: {' '.join(s[1:] for s in writable)})")
+    found: list[tuple[Path, Path]] = []  # source, path below the output folder
+    for path in inputs:
+        if path.is_dir():
+            below = sorted(p for p in path.rglob("*") if p.is_file() and can_read(p) and not p.name.startswith("."))
+            if not below:
+                raise InputError(f"{path}: no readable point cloud in it (suffixes: {' '.join(READABLE)})")
+            found += [(file, file.relative_to(path)) for file in below]
+        elif not path.is_file():
+            raise InputError(f"{path}: no such file")
+        else:
+            found.append((path, Path(path.name)))
+    single = len(inputs) == 1 and inputs[0].is_file() and not output.is_dir() and output.suffix.lower() in writable
+    jobs = []
+    for source, name in found:
+        if single:
+            jobs.append((source, output if wanted is None else output.with_suffix(wanted)))
+            continue
+        own = source.suffix.lower()
+        jobs.append((source, output / name.with_suffix(wanted or (own if own in writable else ".ply"))))
+    _check_targets(jobs)
+    return jobs
+
+
+def _check_targets(jobs: Sequence[tuple[Path, Path]]) -> None:
+    sources = {source.resolve() for source, _ in jobs}
+    seen: dict[Path, Path] = {}
+    for source, target in jobs:
+        if target.resolve() in sources:
+            raise InputError(f"{target}: is an input; choose another -o, inputs are never overwritten")
+        other = seen.setdefault(target.resolve(), source)
+        if other is not source:
+            raise InputError(f"{target}: would hold the labels of both {other} and {source}")
+
+
+def _device(name: str, torch: Any) -> Any:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from error
+    return device
+
+
+# One file -----------------------------------------------------------------------------------------------------------
+
+
+def predict_file(source: Path, target: Path, task: Any, pipeline: Any, card: Any, options: argparse.Namespace) -> str:
+    """Label one file; returns a line that says what was found."""
+    import torch
+
+    from pc3d.io import read, write, write_labels
+    from pc3d.tasks import labels_of, predict_cloud
+    from pc3d.tasks.augmentations import test_augmentations_of
+
+    points = read(source, columns=_columns(options.columns), invalid=options.invalid)
+    probabilities = predict_cloud(
+        task,
+        pipeline,
+        points,
+        None if options.tta == "none" else test_augmentations_of(options.tta),
+        mode=options.mode,
+        tile=options.tile,
+        generator=torch.Generator().manual_seed(0),
+    ).cpu()
+    labels = labels_of(probabilities)
+    suffix = target.suffix.lower()
+    if suffix == ".label":
+        write_labels(target, label_codes(labels, card["label_map"]).clamp(min=0))
+    else:
+        las = suffix in (".las", ".laz")
+        result = labelled(points, labels, probabilities, card, las, options.probabilities, options.keep_colors)
+        write(target, result, template=source if _family(suffix) == _family(source.suffix.lower()) else None)
+    shares = torch.bincount(labels[labels >= 0], minlength=len(task.class_names)) / max(len(labels), 1)
+    largest = shares.argsort(descending=True)[:4].tolist()
+    classes = ", ".join(f"{task.class_names[i]} {100 * shares[i]:.0f} %" for i in largest if shares[i] >= 0.005)
+    return f"{source} -> {target}: {len(labels):,} points; {classes}"
+
+
+def labelled(
+    points: Points,
+    labels: Tensor,
+    probabilities: Tensor,
+    card: dict[str, Any],
+    las: bool,
+    all_probabilities: bool = False,
+    keep_colors: bool = False,
+) -> Points:
+    """The cloud with its predicted label codes, their confidence and, except in LAS, colours by label.
+
+    Args:
+        labels: ``(N,)`` class numbers, -1 without a prediction.
+        probabilities: ``(N, K)``.
+        las: name the codes ``classification``, with 0 (never classified) for points without a prediction.
+    """
+    import torch
+
+    from pc3d.viz.colors import label_colors
+
+    codes = label_codes(labels, card["label_map"])
+    confidence = probabilities.amax(1)
+    attrs = {"classification": codes.clamp(min=0)} if las else {"label": codes}
+    attrs["confidence"] = confidence
+    if all_probabilities:
+        names = [f"prob_{name}".replace(" ", "_")[:32] for name in card["class_names"]]
+        attrs |= {name: probabilities[:, i].contiguous() for i, name in enumerate(names)}
+    if not las and not keep_colors:
+        attrs["color"] = torch.from_numpy(label_colors(labels, card["palette"])).float()
+    return points.with_attrs(**attrs)
+
+
+def label_codes(labels: Tensor, label_map: dict[int, int] | None) -> Tensor:
+    """``(N,)`` raw codes of class numbers: the lowest code that stands for the class; -1 stays -1."""
+    import torch
+
+    if label_map is None:
+        return labels
+    lowest: dict[int, int] = {}
+    for code, number in sorted(label_map.items(), reverse=True):
+        lowest[number] = code
+    table = torch.tensor([lowest.get(number, number) for number in range(max(lowest) + 1)] + [-1])
+    return table[labels]
+
+
+def _columns(names: str | None) -> int | list[str] | None:
+    if names is None or not names.isdigit():
+        return None if names is None else names.split(",")
+    return int(names)
+
+
+def _family(suffix: str) -> str | None:
+    """Formats of one family can serve as each other's template; the others cannot."""
+    return {".las": "las", ".laz": "las", ".ply": "ply", ".pcd": "pcd"}.get(suffix, suffix + "!")

@@ -1,0 +1,64 @@
+"""``pc3d test``: score a checkpoint on the test clouds of its config, or of another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pc3d.cli.parser import Parser
+from pc3d.cli.runs import Run, free_folder, run_of
+from pc3d.errors import InputError
+
+EXAMPLES = """\
+  pc3d test --ckpt runs/demo/checkpoints/best.ckpt
+  pc3d test --ckpt runs/demo/checkpoints/best.ckpt --tta scannet
+  pc3d test --ckpt best.ckpt --config configs/lidarhd/semseg-spunet.yaml --data.root my_tiles
+
+Every test cloud is cut into fragments of one point per cell; the class probabilities of all fragments and of
+all passes of test-time augmentation are summed on the original points. Any key of the config can be overridden, as
+with --data.root above."""
+
+
+def main(arguments: list[str]) -> int:
+    parser = Parser("test", "Score a checkpoint on the test clouds: per-class table, figures and pictures.", EXAMPLES)
+    parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint (.ckpt) or export (.safetensors)")
+    parser.add_argument("--config", metavar="FILE", help="experiment; default: the config.yaml of the checkpoint's run")
+    parser.add_argument(
+        "--tta", choices=["none", "scannet", "s3dis"], help="test-time augmentation; default: as the config says"
+    )
+    parser.add_argument("--run_dir", metavar="DIR", help="where results go; default: test/ in the checkpoint's run")
+    options, overrides = parser.parse_known_args(arguments)
+
+    from pc3d.cli.experiment import Experiment
+    from pc3d.tasks import check_card, init_weights, read_checkpoint
+    from pc3d.tasks.checkpoint import CARD, data_entries
+
+    path = Path(options.ckpt)
+    checkpoint = read_checkpoint(path)
+    words = ["--config", str(options.config or _config_beside(path)), *overrides]
+    if options.tta is not None:
+        words += ["--model.test_augmentations", "null" if options.tta == "none" else options.tta]
+
+    def plan(config: Any) -> Run:
+        return Run(free_folder(Path(options.run_dir) if options.run_dir else (run_of(path) or path.parent) / "test"))
+
+    experiment = Experiment(words, plan, program="pc3d test")
+    model, data = experiment.model, experiment.datamodule
+    if CARD in checkpoint:
+        card = checkpoint[CARD]
+        check_card(card, str(path), class_names=model.class_names, **data_entries(data.pipeline))
+        model.seed = card["seed"]
+    init_weights(model, path, strict=True)
+    experiment.trainer.test(model, datamodule=data, verbose=False)
+    folder = experiment.run.folder
+    print(f"figures: {folder}/summary.json, pictures: {folder}/pictures")
+    return 0
+
+
+def _config_beside(checkpoint: Path) -> Path:
+    if not checkpoint.is_file():
+        raise InputError(f"{checkpoint}: no such checkpoint file")
+    config = (run_of(checkpoint) or checkpoint.parent) / "config.yaml"
+    if not config.is_file():
+        raise InputError(f"{checkpoint}: no config.yaml in its run folder: add --config FILE.yaml")
+    return config
