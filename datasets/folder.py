@@ -47,7 +47,6 @@ class FolderDataset(PointDataset):
 
     Args:
         root: the folder; searched with its sub-folders.
-        files: which files below it, glob patterns or regular expressions (``re:...``); by default all that can be read.
         label_field: attribute that holds the labels.
         label_file: or the file that holds them, beside each cloud: a path with ``{stem}``, e.g.
             ``../labels/{stem}.label`` (``.label`` SemanticKITTI, ``.npy``, else text with one number per line).
@@ -55,6 +54,7 @@ class FolderDataset(PointDataset):
             :func:`~pc3d.data.dataset.parse_label_map`. Without one the codes are the class numbers, ``-1`` is ignored.
         class_names: the classes in order; by default in the order of the label map.
         unknown: a code outside the map is an ``error``, or becomes ``ignore``.
+        files: which files below it, glob patterns or regular expressions (``re:...``); by default all that can be read.
         train: clouds of the training split; by default those of no other split. A selection is a list of glob
             patterns of paths below the root, or of regular expressions (``re:...``); or a number of 0..1, a share of
             all clouds.
@@ -71,12 +71,12 @@ class FolderDataset(PointDataset):
     def __init__(
         self,
         root: str | None = None,
-        files: str | list[str] = "*",
         label_field: str = "segment",
         label_file: str | None = None,
         label_map: LabelMap | None = None,
         class_names: list[str] | None = None,
         unknown: Unknown = "error",
+        files: str | list[str] = "*",
         train: Selection | None = None,
         val: Selection = 0.2,
         test: Selection | None = None,
