@@ -1,7 +1,7 @@
 """Which implementation of an op runs: the C++ extension when it is built, plain PyTorch otherwise.
 
-This is the one documented dispatch setting of the package: :func:`use_backend` (or ``PC3D_BACKEND=reference``) forces the
-plain-PyTorch path, which every kernel is tested against.
+This is the one documented dispatch setting of the package: :func:`use_backend` (or ``PC3D_BACKEND=reference``) forces
+the plain-PyTorch path, which every kernel is tested against.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 from typing import Literal
 
@@ -23,11 +24,11 @@ _choice: Backend = "reference" if os.environ.get("PC3D_BACKEND") == "reference" 
 @cache
 def _load() -> ModuleType | None:
     try:
-        from pc3d import _C  # type: ignore[attr-defined]
+        return import_module("pc3d._C")
     except ImportError as error:
-        warnings.warn(f"pc3d runs without its C++ kernels (slow): {error}. Reinstall with `pip install .`", stacklevel=3)
+        message = f"pc3d runs without its C++ kernels (slow): {error}. Reinstall with `pip install .`"
+        warnings.warn(message, stacklevel=3)
         return None
-    return _C
 
 
 def cpu_kernels(*tensors: torch.Tensor) -> ModuleType | None:
@@ -45,7 +46,7 @@ def cpu_kernels(*tensors: torch.Tensor) -> ModuleType | None:
 
 @contextlib.contextmanager
 def use_backend(choice: Backend) -> Iterator[None]:
-    """Force the plain-PyTorch reference of every op (``"reference"``) or the fastest one (``"auto"``) inside a block."""
+    """Inside a block, use the plain-PyTorch reference of every op (``"reference"``) or the fastest one (``"auto"``)."""
     global _choice
     before, _choice = _choice, choice
     try:

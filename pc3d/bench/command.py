@@ -1,0 +1,97 @@
+"""``tools/bench.py``: time the kernels beside their peers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from pc3d.bench import kernel_maps, voxelize
+from pc3d.bench.clouds import load
+from pc3d.bench.timing import Timing, machine, report, table
+from pc3d.errors import InputError
+from pc3d.io.atomic import atomic_write
+
+LEAST_ROUNDS = 7
+
+EXAMPLES = """examples:
+  tools/bench.py voxelize --threads 1
+  tools/bench.py map scan.ply sweep.bin --size 0.05 --json runs/bench/map.json
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one benchmark; 0 when it ran, 2 on bad input (one line on stderr)."""
+    args = _parser().parse_args(argv)
+    try:
+        return _run(args)
+    except InputError as error:
+        print(f"bench {args.op}: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    print(", ".join(f"{key} {value}" for key, value in machine().items()))
+    timings: list[Timing] = []
+    for points in load(args.clouds, args.points):
+        for size in args.size:
+            if args.op == "voxelize":
+                timings += voxelize.bench(points, size, args.rounds)
+            else:
+                timings += kernel_maps.bench(points, size, args.kernel, args.rounds)
+    print(table(timings))
+    if args.json:
+        with atomic_write(args.json) as temporary:
+            temporary.write_text(json.dumps(report(timings, args.rounds), indent=2) + "\n")
+        print(f"written: {args.json}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tools/bench.py",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    ops = parser.add_subparsers(dest="op", required=True, metavar="OP")
+    voxels = ops.add_parser("voxelize", help="grid sampling: cells, distinct voxels, inverse map")
+    _add_shared(voxels, points=1_000_000, sizes=[0.05, 0.1])
+    maps = ops.add_parser("map", help="kernel maps of sparse convolutions")
+    _add_shared(maps, points=200_000, sizes=[0.1])
+    maps.add_argument("--kernel", type=_odd, default=3, help="edge of the submanifold kernel, odd (default 3)")
+    return parser
+
+
+def _add_shared(parser: argparse.ArgumentParser, points: int, sizes: list[float]) -> None:
+    parser.add_argument("clouds", nargs="*", type=Path, help="readable clouds; none: a generated lidar sweep")
+    parser.add_argument(
+        "--points", type=_at_least(1), default=points, help=f"of the generated sweep (default {points})"
+    )
+    parser.add_argument("--size", type=float, nargs="+", default=sizes, help=f"cell edges in metres (default {sizes})")
+    parser.add_argument("--threads", type=_at_least(1), help="threads of torch and of the kernels (default: torch's)")
+    parser.add_argument("--rounds", type=_at_least(LEAST_ROUNDS), default=9, help="timed rounds, 7 or more (default 9)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        return value
+
+    return integer
+
+
+def _odd(text: str) -> int:
+    value = int(text)
+    if value < 1 or value % 2 == 0:
+        raise argparse.ArgumentTypeError(f"{value} is not odd and positive")
+    return value

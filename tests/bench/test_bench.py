@@ -1,0 +1,78 @@
+"""The benchmark command: it runs, its engines agree, and its figures are written."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pc3d.bench.clouds import lidar_sweep
+from pc3d.bench.command import main
+from pc3d.bench.timing import check_equal, time_interleaved
+from pc3d.errors import InputError
+
+
+@pytest.mark.parametrize(("op", "cases"), [("voxelize", 1), ("map", 3)])
+def test_figures_of_every_engine_are_written(op: str, cases: int, tmp_path: Path, capsys) -> None:
+    target = tmp_path / "figures.json"
+    threads = torch.get_num_threads()
+    try:
+        arguments = [op, "--points", "3000", "--size", "0.5", "--threads", "1", "--rounds", "7", "--json", str(target)]
+        assert main(arguments) == 0
+    finally:
+        torch.set_num_threads(threads)
+    figures = json.loads(target.read_text())
+    assert figures["machine"]["threads"] == 1
+    assert len({t["case"] for t in figures["timings"]}) == cases
+    assert {t["engine"] for t in figures["timings"]} == {"kernels", "reference", "numpy"}
+    assert all(t["median_ms"] > 0 for t in figures["timings"])
+    assert "median ms" in capsys.readouterr().out
+
+
+def test_clouds_of_the_command_line_are_read(tmp_path: Path, capsys) -> None:
+    np.save(tmp_path / "cloud.npy", np.random.default_rng(0).random((500, 3), dtype=np.float32))
+    assert main(["voxelize", str(tmp_path / "cloud.npy"), "--size", "0.2"]) == 0
+    assert "cloud.npy, 0.2 m, 122 voxels" in capsys.readouterr().out
+
+
+def test_bad_input_is_one_line(tmp_path: Path, capsys) -> None:
+    assert main(["map", str(tmp_path / "none.ply")]) == 2
+    assert capsys.readouterr().err.strip() == f"bench map: {tmp_path / 'none.ply'}: no such file"
+    for arguments in (["voxelize", "--rounds", "3"], ["map", "--kernel", "2"], ["nothing"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+
+
+def test_rounds_are_interleaved_and_medians() -> None:
+    calls: list[str] = []
+
+    def work(name: str, seconds: float) -> None:
+        calls.append(name)
+        time.sleep(seconds)
+
+    timings = time_interleaved("case", 10, {"a": lambda: work("a", 0.001), "b": lambda: work("b", 0.02)}, rounds=7)
+    assert calls == ["a", "b"] * 8
+    assert [t.engine for t in timings] == ["a", "b"]
+    assert timings[1].median_ms > timings[0].median_ms
+    assert timings[1].cpu_ms < timings[1].median_ms
+
+
+def test_engines_that_disagree_are_not_timed() -> None:
+    with pytest.raises(InputError, match="case: b and a do not give the same result"):
+        check_equal("case", {"a": (np.arange(3),), "b": (np.arange(4),)})
+
+
+def test_the_generated_sweep_looks_like_lidar() -> None:
+    sweep = lidar_sweep(50_000)
+    assert sweep.num_points == 50_000
+    assert torch.equal(sweep.coord, lidar_sweep(50_000).coord)
+    assert bool(torch.isfinite(sweep.coord).all())
+    on_ground = (sweep.coord[:, 2] + 1.8).abs() < 0.1
+    assert 0.2 < on_ground.float().mean() < 0.95
+    distances = sweep.coord[:, :2].norm(dim=1)
+    assert float(distances.quantile(0.9)) / float(distances.quantile(0.1)) > 1.5, "density falls with distance"

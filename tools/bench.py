@@ -1,0 +1,11 @@
+"""Time the kernels beside their peers; ``tools/bench.py --help``."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pc3d.bench.command import main
+
+if __name__ == "__main__":
+    sys.exit(main())
