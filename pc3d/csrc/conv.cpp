@@ -34,8 +34,8 @@ using Array = nb::ndarray<T, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu
 template <class T, int Dimensions>
 using StridedArray = nb::ndarray<T, nb::ndim<Dimensions>, nb::device::cpu>;
 
-constexpr int64_t kTileFloats = 64 * 1024;  // output floats of a tile: half of a 512 KiB second-level cache
-constexpr int64_t kTileGranules = 4;        // at most 512 rows
+constexpr int64_t kTileGranules = 4;    // 512 rows of a tile, and
+constexpr int64_t kTileColumns = 128;   // columns: 256 KiB of output, half of a small second-level cache
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kLeastChunk = 4096;       // pairs of one weight-gradient task, at least
 constexpr int64_t kMostChunks = 64;         // and chunks of all offsets together, beside one per offset, at most
@@ -185,13 +185,13 @@ void pack_weights(const ConvKernels &kernels, const StridedArray<const float, 3>
 
 void run_tiles(const ConvKernels &kernels, const ConvProduct &p) {
   const int64_t strips = ceil_div(p.cout, kernels.strip), wanted = num_threads() > 1 ? num_threads() * kTasksPerThread : 1;
-  int64_t tile = std::clamp<int64_t>(kTileFloats / (p.cout * kGranule), 1, kTileGranules), split = 1;
-  while (tile > 1 && ceil_div(p.granules, tile) < wanted) tile /= 2;
+  int64_t tile = kTileGranules, parts = ceil_div(p.cout, kTileColumns);
+  while (tile > 1 && ceil_div(p.granules, tile) * parts < wanted) tile /= 2;
   const int64_t tiles = ceil_div(p.granules, tile);
-  while (tiles * split < wanted && split * 2 <= strips) split *= 2;
-  parallel_tasks(tiles * split, [&](int64_t i) {
-    const int64_t first = i / split * tile, part = i % split;
-    kernels.tile(p, first, std::min(first + tile, p.granules), strips * part / split, strips * (part + 1) / split);
+  while (tiles * parts < wanted && parts * 2 <= strips) parts *= 2;
+  parallel_tasks(tiles * parts, [&](int64_t i) {
+    const int64_t first = i / parts * tile, part = i % parts;
+    kernels.tile(p, first, std::min(first + tile, p.granules), strips * part / parts, strips * (part + 1) / parts);
   });
 }
 

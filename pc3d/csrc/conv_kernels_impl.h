@@ -15,10 +15,11 @@ namespace pc3d {
 namespace PC3D_ISA {
 
 constexpr int64_t kWidth = PC3D_WIDTH, kRows = PC3D_ROWS, kStrip = 2 * kWidth;
-constexpr int64_t kDepth = 64;        // channels of a packed panel, and its fixed row stride
-constexpr int64_t kPanelRows = 96;    // 24 KiB of packed rows: a panel stays in the first-level cache
-constexpr int64_t kGradPairs = 128;   // pairs of a weight-gradient panel
-constexpr int64_t kAhead = 8;         // rows prefetched ahead of the gather
+constexpr int64_t kDepth = 128;        // channels of a packed panel, and its fixed row stride
+constexpr int64_t kPanelRows = 60;     // 30 KiB of packed rows: a panel stays in the first-level cache
+constexpr int64_t kGradPairs = 96;     // pairs of a weight-gradient panel
+constexpr int64_t kGradColumns = 256;  // columns packed beside them
+constexpr int64_t kAhead = 12;         // rows prefetched ahead of the gather
 
 typedef float Vec __attribute__((vector_size(kWidth * sizeof(float))));
 typedef float Loose __attribute__((vector_size(kWidth * sizeof(float)), aligned(4), may_alias));
@@ -26,15 +27,18 @@ typedef float Loose __attribute__((vector_size(kWidth * sizeof(float)), aligned(
 inline Vec load(const float *p) { return *reinterpret_cast<const Loose *>(p); }
 inline void store(float *p, Vec v) { *reinterpret_cast<Loose *>(p) = v; }
 
-// c[r][0 : NV * kWidth] += sum over d of a(r, d) * b[d][:]. The panel `a` holds (r, d) at a[r * kDepth + d], or, when
-// transposed (weight gradient: d is a pair, r a channel), at a[d * kDepth + r].
+// Row rows[r] of y, columns [0, NV * kWidth), plus the sum over d of a(r, d) * b[d][:]. The panel `a` holds (r, d) at
+// a[r * kDepth + d], or, when transposed (weight gradient: d is a pair, r a channel), at a[d * kDepth + r].
 template <int R, int NV, bool Transposed>
-void block(const float *a, const float *b, int64_t depth, float *const *c) {
+void block(const float *a, const float *b, int64_t depth, float *y, const int32_t *rows, int64_t stride) {
+  float *c[R];
   Vec acc[R][NV];
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
+  for (int r = 0; r < R; ++r) {
+    c[r] = y + rows[r] * stride;
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) acc[r][v] = load(c[r] + v * kWidth);
+  }
   for (int64_t d = 0; d < depth; ++d) {
     Vec column[NV];
 #pragma GCC unroll 2
@@ -54,7 +58,8 @@ void block(const float *a, const float *b, int64_t depth, float *const *c) {
     for (int v = 0; v < NV; ++v) store(c[r] + v * kWidth, acc[r][v]);
 }
 
-using Block = void (*)(const float *, const float *, int64_t, float *const *);
+using Block = void (*)(const float *, const float *, int64_t, float *, const int32_t *, int64_t);
+constexpr int32_t kConsecutive[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 template <int R, int NV, bool Transposed>
 struct Table {
@@ -73,42 +78,94 @@ Block find_block(int64_t rows, int64_t columns) {
   return columns <= kWidth ? Table<kRows, 1, Transposed>::find(rows) : Table<kRows, 2, Transposed>::find(rows);
 }
 
-// Splits [0, n) into the fewest parts of at most `most`, as equal as they come: 11 + 11 + 10 instead of 12 + 12 + 8.
+// Splits [0, n) into the fewest parts of at most `most`, as equal as they come (11 + 11 + 10 instead of 12 + 12 + 8), the
+// larger ones first.
 struct Split {
-  int64_t n, parts;
-  Split(int64_t n, int64_t most) : n(n), parts((n + most - 1) / most) {}
-  int64_t begin(int64_t i) const { return n * i / parts; }
+  int64_t parts, small, larger;  // `larger` parts of small + 1, then the rest of `small`
+  Split(int64_t n, int64_t most) : parts((n + most - 1) / most), small(n / (parts ? parts : 1)), larger(n - parts * small) {}
+  int64_t size(int64_t i) const { return small + (i < larger); }
 };
 
-// Runs one register block; a strip that ends inside the row goes through a local copy.
-inline void run_block(Block f, const float *a, const float *b, int64_t depth, float *const *c, int64_t rows, int64_t columns) {
-  if (columns % kWidth == 0) return f(a, b, depth, c);
-  float copy[kRows][kStrip];
-  float *pointers[kRows] = {};
-  for (int64_t r = 0; r < rows; ++r) {
-    memcpy(copy[r], c[r], columns * sizeof(float));
-    memset(copy[r] + columns, 0, (kStrip - columns) * sizeof(float));
-    pointers[r] = copy[r];
-  }
-  f(a, b, depth, pointers);
-  for (int64_t r = 0; r < rows; ++r) memcpy(c[r], copy[r], columns * sizeof(float));
-}
+// Blocks of rows times one strip of columns, at most one strip wide.
+template <bool Transposed>
+struct Strip {
+  int64_t columns;
+  Split split;
+  Block larger, smaller;
+  Strip(int64_t n, int64_t columns)
+      : columns(columns),
+        split(n, kRows),
+        larger(find_block<Transposed>(split.small + 1, columns)),
+        smaller(find_block<Transposed>(split.small, columns)) {}
 
-// to[i * stride : + width] = from[rows[i] * row_stride : + width]
-inline void gather(const float *from, int64_t row_stride, const int32_t *rows, int64_t n, int64_t width, float *to, int64_t stride) {
-  for (int64_t i = 0; i < n; ++i, to += stride) {
-    const float *row = from + rows[i] * row_stride;
-    if (i + kAhead < n) {
-      const float *next = from + rows[i + kAhead] * row_stride;
-      for (int64_t d = 0; d < width; d += 16) __builtin_prefetch(next + d);
+  void run(const float *a, const float *b, int64_t depth, float *y, const int32_t *rows, int64_t stride) const {
+    for (int64_t i = 0; i < split.parts; ++i) {
+      const int64_t n = split.size(i);
+      const Block f = i < split.larger ? larger : smaller;
+      if (columns % kWidth == 0)
+        f(a, b, depth, y, rows, stride);
+      else
+        run_copied(f, a, b, depth, y, rows, stride, n);
+      if (Transposed)
+        a += n, y += n * stride;
+      else
+        a += n * kDepth, rows += n;
     }
-    int64_t d = 0;
-    for (; d + kWidth <= width; d += kWidth) store(to + d, load(row + d));
-    for (; d < width; ++d) to[d] = row[d];
   }
-}
+
+  // A strip that ends inside a register goes through a local copy.
+  void run_copied(Block f, const float *a, const float *b, int64_t depth, float *y, const int32_t *rows, int64_t stride, int64_t n) const {
+    float part[kRows * kStrip] = {};
+    for (int64_t r = 0; r < n; ++r) memcpy(part + r * kStrip, y + rows[r] * stride, columns * sizeof(float));
+    f(a, b, depth, part, kConsecutive, kStrip);
+    for (int64_t r = 0; r < n; ++r) memcpy(y + rows[r] * stride, part + r * kStrip, columns * sizeof(float));
+  }
+};
 
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline void copy(const float *from, int64_t n, float *to) {
+  int64_t d = 0;
+  for (; d + kWidth <= n; d += kWidth) store(to + d, load(from + d));
+  for (; d + 4 <= n; d += 4) memcpy(to + d, from + d, 16);
+  for (; d < n; ++d) to[d] = from[d];
+}
+
+// A part of the rows of a matrix: columns [0, width) from `data` on.
+struct Rows {
+  const float *data;
+  int64_t stride, width;
+  const int32_t *index;
+
+  const float *operator[](int64_t i) const { return data + index[i] * stride; }
+  void prefetch(int64_t i) const {
+    const float *row = (*this)[i];
+    for (int64_t d = 0; d < width; d += 16) __builtin_prefetch(row + d);
+  }
+};
+
+// Rows [0, n) side by side, kDepth apart.
+inline void gather_panel(const Rows &rows, int64_t n, float *to) {
+  for (int64_t i = 0; i < n; ++i, to += kDepth) {
+    if (i + kAhead < n) rows.prefetch(i + kAhead);
+    copy(rows[i], rows.width, to);
+  }
+}
+
+// Rows [0, n) cut into strips, strip after strip, zero-padded columns.
+inline void gather_strips(const Rows &rows, int64_t n, float *to) {
+  for (int64_t i = 0; i < n; ++i, to += kStrip) {
+    if (i + kAhead < n) rows.prefetch(i + kAhead);
+    const float *row = rows[i];
+    float *strip = to;
+    int64_t d = 0;
+    for (; d + kStrip <= rows.width; d += kStrip, strip += n * kStrip) copy(row + d, kStrip, strip);
+    if (d < rows.width) {
+      memset(strip, 0, kStrip * sizeof(float));
+      copy(row + d, rows.width - d, strip);
+    }
+  }
+}
 
 void pack(const float *w, int64_t row, int64_t column, int64_t cin, int64_t cout, int64_t s, float *packed) {
   const int64_t first = s * kStrip, columns = min64(cout - first, kStrip);
@@ -134,35 +191,54 @@ void start_rows(const ConvProduct &p, int64_t row_first, int64_t row_last, int64
   }
 }
 
-// One panel of gathered rows times one strip of weights.
-void multiply(const ConvProduct &p, const float *panel, const int32_t *scatter, int64_t n, const float *weights, int64_t depth, int64_t column) {
-  const int64_t columns = min64(p.cout - column, kStrip);
-  const Split blocks(n, kRows);
-  for (int64_t i = 0; i < blocks.parts; ++i) {
-    const int64_t begin = blocks.begin(i), rows = blocks.begin(i + 1) - begin;
-    float *c[kRows];
-    for (int64_t r = 0; r < rows; ++r) c[r] = p.y + scatter[begin + r] * p.cout + column;
-    run_block(find_block<false>(rows, columns), panel + begin * kDepth, weights, depth, c, rows, columns);
+// The pairs of a tile, panel after panel: kernel offsets ascending, at most kPanelRows pairs of one offset.
+struct Panels {
+  const ConvProduct &p;
+  int64_t first, last;  // granules of the tile
+  int64_t kernel = -1, part = 0, begin = 0, rows = 0;
+  Split split{0, kPanelRows};
+
+  Panels(const ConvProduct &p, int64_t first, int64_t last) : p(p), first(first), last(last) {}
+
+  bool next() {
+    begin += rows;
+    if (++part >= split.parts) {
+      do {
+        if (++kernel == p.kernel_volume) return false;
+        const int64_t *starts = p.starts + kernel * (p.granules + 1);
+        begin = starts[first];
+        split = Split(starts[last] - begin, kPanelRows);
+      } while (split.parts == 0);
+      part = 0;
+    }
+    rows = split.size(part);
+    return true;
   }
-}
+};
 
 void tile(const ConvProduct &p, int64_t first, int64_t last, int64_t strip_first, int64_t strip_last) {
   const int64_t strips = (p.cout + kStrip - 1) / kStrip;
   start_rows(p, first * kGranule, min64(last * kGranule, p.rows), strip_first * kStrip, min64(strip_last * kStrip, p.cout));
   alignas(64) float panel[kPanelRows * kDepth];
-  for (int64_t k = 0; k < p.kernel_volume; ++k) {
-    const int64_t *starts = p.starts + k * (p.granules + 1);
-    const int64_t pairs = starts[last] - starts[first];
-    const Split panels(pairs, kPanelRows);
-    for (int64_t i = 0; i < panels.parts; ++i) {
-      const int64_t begin = starts[first] + panels.begin(i), n = starts[first] + panels.begin(i + 1) - begin;
-      for (int64_t d = 0; d < p.cin; d += kDepth) {
-        const int64_t depth = min64(p.cin - d, kDepth);
-        gather(p.x + d, p.cin, p.gather + begin, n, depth, panel, kDepth);
-        for (int64_t s = strip_first; s < strip_last; ++s) {
-          const float *weights = p.weights + ((k * strips + s) * p.cin + d) * kStrip;
-          multiply(p, panel, p.scatter + begin, n, weights, depth, s * kStrip);
-        }
+  Panels now(p, first, last), ahead(p, first, last);
+  ahead.next();
+  while (now.next()) {
+    const bool more = ahead.next();
+    const Strip<false> full(now.rows, kStrip), rest(now.rows, p.cout - (strips - 1) * kStrip);
+    for (int64_t d = 0; d < p.cin; d += kDepth) {
+      const int64_t depth = min64(p.cin - d, kDepth);
+      gather_panel({p.x + d, p.cin, depth, p.gather + now.begin}, now.rows, panel);
+      // The first rows of the next panel travel while this one is multiplied.
+      const bool same = d + kDepth < p.cin;
+      if (same || more) {
+        const Panels &next = same ? now : ahead;
+        const int64_t from = same ? d + kDepth : 0;
+        const Rows rows{p.x + from, p.cin, min64(p.cin - from, kDepth), p.gather + next.begin};
+        for (int64_t i = 0; i < min64(next.rows, kAhead); ++i) rows.prefetch(i);
+      }
+      for (int64_t s = strip_first; s < strip_last; ++s) {
+        const float *weights = p.weights + ((now.kernel * strips + s) * p.cin + d) * kStrip;
+        (s + 1 < strips ? full : rest).run(panel, weights, depth, p.y + s * kStrip, p.scatter + now.begin, p.cout);
       }
     }
   }
@@ -171,20 +247,17 @@ void tile(const ConvProduct &p, int64_t first, int64_t last, int64_t strip_first
 void weight_grad(const WeightGradPart &p, int64_t first, int64_t last) {
   memset(p.out + first * p.cout, 0, (last - first) * p.cout * sizeof(float));
   alignas(64) float panel[kGradPairs * kDepth];
-  alignas(64) float strip[kGradPairs * kStrip];
-  const Split chunks(p.pairs, kGradPairs), blocks(last - first, kRows);
-  for (int64_t i = 0; i < chunks.parts; ++i) {
-    const int64_t begin = chunks.begin(i), n = chunks.begin(i + 1) - begin;
-    gather(p.x + first, p.cin, p.in_rows + begin, n, last - first, panel, kDepth);
-    for (int64_t column = 0; column < p.cout; column += kStrip) {
-      const int64_t columns = min64(p.cout - column, kStrip);
-      if (columns < kStrip) memset(strip, 0, n * kStrip * sizeof(float));
-      gather(p.g + column, p.cout, p.out_rows + begin, n, columns, strip, kStrip);
-      for (int64_t j = 0; j < blocks.parts; ++j) {
-        const int64_t channel = blocks.begin(j), rows = blocks.begin(j + 1) - channel;
-        float *c[kRows];
-        for (int64_t r = 0; r < rows; ++r) c[r] = p.out + (first + channel + r) * p.cout + column;
-        run_block(find_block<true>(rows, columns), panel + channel, strip, n, c, rows, columns);
+  alignas(64) float strips[kGradPairs * kGradColumns];
+  const Split chunks(p.pairs, kGradPairs);
+  for (int64_t i = 0, begin = 0; i < chunks.parts; begin += chunks.size(i++)) {
+    const int64_t n = chunks.size(i);
+    gather_panel({p.x + first, p.cin, last - first, p.in_rows + begin}, n, panel);
+    for (int64_t group = 0; group < p.cout; group += kGradColumns) {
+      const int64_t width = min64(p.cout - group, kGradColumns);
+      gather_strips({p.g + group, p.cout, width, p.out_rows + begin}, n, strips);
+      for (int64_t d = 0; d < width; d += kStrip) {
+        const Strip<true> strip(last - first, min64(width - d, kStrip));
+        strip.run(panel, strips + d * n, n, p.out + first * p.cout + group + d, kConsecutive, p.cout);
       }
     }
   }
