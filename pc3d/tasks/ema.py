@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytorch_lightning as pl
 from pytorch_lightning import callbacks
 from torch import Tensor
 
@@ -27,6 +28,17 @@ class EmaWeights(callbacks.WeightAveraging):
     def __init__(self, decay: float) -> None:
         super().__init__(use_buffers=True, avg_fn=self._average)
         self.decay = decay
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":  # left over from the training: it would put the trained weights back into a loaded average
+            self._average_model = None
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._average_model is not None:
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
     def _average(self, average: Tensor, current: Tensor, updates: Any) -> Tensor:
         if not average.is_floating_point():

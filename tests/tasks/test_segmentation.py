@@ -295,7 +295,8 @@ def test_the_average_is_what_is_validated_saved_and_tested(tmp_path: Path) -> No
 
     task, watch = tiny_task(optimizer=FAST, ema_decay=0.95), Averages()
     keep = ModelCheckpoint(tmp_path, filename="last", save_on_train_epoch_end=True)
-    trainer(tmp_path, max_epochs=4, callbacks=[watch, keep]).fit(task, TinyData())
+    run = trainer(tmp_path, max_epochs=4, callbacks=[watch, keep])
+    run.fit(task, TinyData())
     average = watch.seen[0]
     for n, weight in enumerate(watch.seen[1:], start=1):
         decay = min(0.95, (1 + n) / (10 + n))
@@ -308,3 +309,8 @@ def test_the_average_is_what_is_validated_saved_and_tested(tmp_path: Path) -> No
     assert checkpoint["pc3d_card"]["weights"] == "ema"
     loaded, lines, _ = load_task(tmp_path / "last.ckpt", allow=ALLOW)
     assert torch.equal(predict_cloud(loaded, lines, cloud(0)), predict_cloud(task, lines, cloud(0)))
+    for evaluate in (run.test, run.validate):  # the trainer of the training, and its callback, are still there
+        torch.nn.init.zeros_(task.backbone.block.weight)  # type: ignore[union-attr, arg-type]
+        evaluate(task, TinyData(), ckpt_path=str(tmp_path / "last.ckpt"), verbose=False)
+        torch.testing.assert_close(task.backbone.block.weight.detach(), average)  # type: ignore[union-attr]
+        torch.testing.assert_close(watch.validated[-1], average)
