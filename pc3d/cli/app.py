@@ -59,8 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if table := getattr(error, "table", None):  # a mismatch shows both sides
             print(table, end="")
-        if table := getattr(error, "table", ""):  # checkpoint and input side by side
-            print(table, end="")
         print(f"error: {message}", file=sys.stderr)
         return 2
 
