@@ -20,7 +20,7 @@ LEAST_ROUNDS = 7
 
 EXAMPLES = """examples:
   tools/bench.py voxelize --threads 1
-  tools/bench.py map scan.ply sweep.bin --size 0.05 --json runs/bench/map.json
+  tools/bench.py map --size 0.05 scan.ply sweep.bin --json runs/bench/map.json
 """
 
 
@@ -40,7 +40,7 @@ def _run(args: argparse.Namespace) -> int:
     print(", ".join(f"{key} {value}" for key, value in machine().items()))
     timings: list[Timing] = []
     for points in load(args.clouds, args.points):
-        for size in args.size:
+        for size in args.size or args.default_sizes:
             if args.op == "voxelize":
                 timings += voxelize.bench(points, size, args.rounds)
             else:
@@ -70,11 +70,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_shared(parser: argparse.ArgumentParser, points: int, sizes: list[float]) -> None:
+    parser.set_defaults(default_sizes=sizes)
     parser.add_argument("clouds", nargs="*", type=Path, help="readable clouds; none: a generated lidar sweep")
     parser.add_argument(
         "--points", type=_at_least(1), default=points, help=f"of the generated sweep (default {points})"
     )
-    parser.add_argument("--size", type=float, nargs="+", default=sizes, help=f"cell edges in metres (default {sizes})")
+    parser.add_argument(
+        "--size", type=float, action="append", help=f"cell edge in metres, may repeat (default {sizes})"
+    )
     parser.add_argument("--threads", type=_at_least(1), help="threads of torch and of the kernels (default: torch's)")
     parser.add_argument("--rounds", type=_at_least(LEAST_ROUNDS), default=9, help="timed rounds, 7 or more (default 9)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")

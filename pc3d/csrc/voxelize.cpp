@@ -187,7 +187,7 @@ UniqueVoxels collect(const Buffer<Item> &items, const Array<const int64_t, 1> &o
   const int64_t voxels = start[chunks], clouds = static_cast<int64_t>(offsets.shape(0)) - 1;
   UniqueVoxels out{Buffer<int64_t>(voxels), Buffer<int64_t>(rows), Buffer<int64_t>(voxels), Buffer<int64_t>(rows),
                    Buffer<int64_t>(clouds + 1)};
-  Buffer<int64_t> begin(voxels + 1);
+  Buffer<int64_t> &begin = out.counts;  // where each voxel begins, until all are known
   parallel_tasks(chunks, [&](int64_t chunk) {
     int64_t voxel = start[chunk] - 1;
     for (int64_t i = chunk * kBlock, end = std::min(i + kBlock, rows); i < end; ++i) {
@@ -200,8 +200,8 @@ UniqueVoxels collect(const Buffer<Item> &items, const Array<const int64_t, 1> &o
       out.inverse[row] = voxel;
     }
   });
-  begin[voxels] = rows;
-  for (int64_t voxel = 0; voxel < voxels; ++voxel) out.counts[voxel] = begin[voxel + 1] - begin[voxel];
+  for (int64_t voxel = 0; voxel < voxels; ++voxel)
+    out.counts[voxel] = (voxel + 1 < voxels ? begin[voxel + 1] : rows) - begin[voxel];
   for (int64_t cloud = 0; cloud <= clouds; ++cloud) {  // sorted or not, a cloud fills the same range of rows
     const int64_t row = offsets.data()[cloud];
     out.voxel_offsets[cloud] = row < rows ? out.inverse[out.order_rows[row]] : voxels;
