@@ -158,12 +158,15 @@ class Points:
         Raises:
             ValueError: if an index mixes clouds.
         """
-        batch = self.batch[rows]
-        if len(self) > 1 and rows.dtype != torch.bool and len(batch) > 1 and bool((batch.diff() < 0).any()):
+        if rows.dtype == torch.bool:
+            rows = rows.nonzero()[:, 0]
+        batch = self.batch.index_select(0, rows)  # index_select is two to three times as fast as indexing
+        if len(self) > 1 and bool((batch.diff() < 0).any()):
             raise ValueError("select: the index mixes the points of several clouds; keep clouds in order")
         counts = torch.bincount(batch, minlength=len(self))
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        return Points(self.coord[rows], offsets, {k: v[rows] for k, v in self.attrs.items()}, self.meta)
+        attrs = {name: value.index_select(0, rows) for name, value in self.attrs.items()}
+        return Points(self.coord.index_select(0, rows), offsets, attrs, self.meta)
 
     @staticmethod
     def cat(clouds: Sequence[Points]) -> Points:

@@ -58,6 +58,18 @@ def test_training_sample() -> None:
     assert len(torch.unique(cells, dim=0)) == len(cells)
 
 
+def test_training_augments_before_sampling_and_evaluation_does_not_augment() -> None:
+    points = random_points()
+    centered = CenterShift()(points).coord
+    twice = pipeline(augment=[RandomScale((2.0, 2.0))], crop=[])
+    sample = twice.train(points, seeded())
+    torch.testing.assert_close(sample.coord, 2 * centered[sample.get("id")])
+    cell = torch.floor(sample.coord.double() / SIZE).int()
+    assert torch.equal(sample.get("grid_coord"), cell - cell.amin(0))
+    evaluated = twice.evaluate(points)
+    torch.testing.assert_close(evaluated.coord, centered[evaluated.get("id")])
+
+
 def test_training_depends_on_the_generator_only() -> None:
     points = random_points()
     first, again, other = (pipeline().train(points, seeded(s)).get("feat") for s in (1, 1, 2))

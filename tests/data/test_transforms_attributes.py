@@ -83,6 +83,15 @@ def test_a_point_far_below_ground_disturbs_only_its_own_cell() -> None:
     assert after[own_cell].max() > 40
 
 
+def test_gaps_wider_than_the_window_are_not_ground() -> None:
+    near, _, _ = landscape(0.0, n=4000)
+    far = near.coord + torch.tensor([500.0, 0.0, 20.0])
+    transform = HeightAboveGround(cell=2.0, window=20.0)
+    together = transform(Points(torch.cat([near.coord, far]))).get("height").view(2, -1)
+    expected = transform(near).get("height")
+    torch.testing.assert_close(together, expected.expand(2, -1), atol=1e-4, rtol=0)
+
+
 def test_height_is_measured_cloud_by_cloud() -> None:
     points, _, _ = landscape(0.0)
     lifted = points.with_attrs(coord=points.coord + torch.tensor([0.0, 0.0, 30.0]))

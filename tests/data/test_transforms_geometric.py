@@ -174,6 +174,17 @@ def test_elastic_distortion_equals_its_definition() -> None:
         torch.testing.assert_close(moved[row], magnitude * value, atol=1e-5, rtol=0)
 
 
+def test_the_second_distortion_starts_from_the_result_of_the_first() -> None:
+    points = random_points((50,))
+    both = ElasticDistortion([(0.5, 0.3), (1.0, 0.6)], p=1)(points, seeded(6))
+    generator = seeded(6)
+    first = ElasticDistortion([(0.5, 0.3)], p=1)(points, generator).coord
+    low = first.amin(0)
+    dims = [math.floor(e) + 3 for e in (first.amax(0) - low).tolist()]
+    noise = smooth(torch.randn(3, *dims, generator=generator))
+    torch.testing.assert_close(both.coord, first + 0.6 * interpolate(noise, first - low + 1))
+
+
 def test_elastic_distortion_is_smooth_and_bounded() -> None:
     points = random_points((4000,))
     moved = ElasticDistortion(p=1)(points, seeded()).coord - points.coord

@@ -99,10 +99,12 @@ def fnv_of(cell: tuple[int, ...]) -> int:
 
 
 def test_fnv_order_is_that_of_the_unsigned_hash() -> None:
-    sampled = GridSample(SIZE, key_order="fnv")(random_points((300, 200)), seeded())
-    for cloud in sampled:
+    points = random_points((300, 200))
+    points = points.with_attrs(coord=points.coord * 10_000)  # the highest bit of the hash differs among far cells only
+    for cloud in GridSample(SIZE, key_order="fnv")(points, seeded()):
         keys = [fnv_of(tuple(cell)) for cell in cloud.get("grid_coord").tolist()]
         assert keys == sorted(keys)
+        assert keys[0] < 2**63 < keys[-1]
         assert [k % 2**64 for k in fnv_keys(cloud.get("grid_coord")).tolist()] == keys
 
 

@@ -24,7 +24,7 @@ class ChromaticAutoContrast(CloudTransform):
         self.blend = blend
 
     def apply(self, cloud: Points, generator: torch.Generator | None) -> Points:
-        color = cloud.get("color")
+        color = cloud.get("color").float()
         if cloud.num_points == 0 or not chance(self.p, generator):
             return cloud
         blend = uniform(0, 1, generator) if self.blend is None else self.blend
@@ -41,7 +41,7 @@ class ChromaticTranslation(CloudTransform):
         self.ratio = ratio
 
     def apply(self, cloud: Points, generator: torch.Generator | None) -> Points:
-        color = cloud.get("color")
+        color = cloud.get("color").float()
         if not chance(self.p, generator):
             return cloud
         shift = (torch.rand(3, generator=generator) * 2 - 1) * 255 * self.ratio
@@ -56,7 +56,7 @@ class ChromaticJitter(CloudTransform):
         self.std = std
 
     def apply(self, cloud: Points, generator: torch.Generator | None) -> Points:
-        color = cloud.get("color")
+        color = cloud.get("color").float()
         if not chance(self.p, generator):
             return cloud
         return cloud.with_attrs(color=(color + normal_like(color, generator) * (255 * self.std)).clamp(0, 255))
