@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 class Golden:
@@ -56,4 +57,4 @@ def golden_files(family: str) -> list[Any]:
 
 def sorted_rows(coord: Tensor) -> Tensor:
     """Order that sorts ``[batch, x, y, z]`` rows lexicographically."""
-    return torch.from_numpy(np.lexsort(coord.numpy().T[::-1]))
+    return torch.from_numpy(np.lexsort(coord.cpu().numpy().T[::-1]))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Golden, golden_files, sorted_rows
+from harness import Golden, golden_files, needs_gpu, sorted_rows
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -32,24 +32,36 @@ def build(config: dict[str, Any]) -> SparseConvolution:
 
 def input_grid(golden: Golden, feat: Tensor) -> Voxels:
     """The grid the layer is fed: the recorded voxels, or for an inverse layer the coarse ones made from them."""
-    config, coord = golden.meta["config"], golden.tensor("in/indices")
+    config, coord = golden.meta["config"], golden.tensor("in/indices").to(feat.device)
     shape = tuple(golden.arrays["in/spatial_shape"].tolist())
     if config["cls"] != "SparseInverseConv3d":
         stride = config.get("s", 1) if config["cls"] == "SparseConvTranspose3d" else 1
         return Voxels(coord, feat, config["batch_size"], stride=stride, spatial_shape=shape)
-    down = build({**config, "cls": "SparseConv3d", "cin": 1, "cout": 1})
-    coarse = down(Voxels(coord, torch.ones(len(coord), 1), config["batch_size"], spatial_shape=shape))
-    assert_close(coarse.coord, golden.tensor("in/coarse_indices"), rtol=0, atol=0)
+    down = build({**config, "cls": "SparseConv3d", "cin": 1, "cout": 1}).to(feat.device)
+    ones = torch.ones(len(coord), 1, device=feat.device)
+    coarse = down(Voxels(coord, ones, config["batch_size"], spatial_shape=shape))
+    assert_close(coarse.coord.cpu(), golden.tensor("in/coarse_indices"), rtol=0, atol=0)
     return coarse.with_feat(feat)
 
 
 def close(actual: Tensor, golden: Golden, name: str) -> None:
     expected = golden.tensor(name)
-    assert_close(actual, expected, rtol=0, atol=1e-6 + 1e-5 * float(expected.abs().max()))
+    assert_close(actual.cpu(), expected, rtol=0, atol=1e-6 + 1e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("golden", golden_files("spconv-ops"))
 def test_spconv_ops(golden: Golden) -> None:
+    check_layer(golden, "cpu")
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("golden", golden_files("spconv-ops"))
+def test_spconv_ops_on_gpu(golden: Golden) -> None:
+    check_layer(golden, "cuda")
+
+
+def check_layer(golden: Golden, device: str) -> None:
     assert set(golden.group("out")) <= OUTPUTS
     config = golden.meta["config"]
     layer = build(config)
@@ -57,15 +69,16 @@ def test_spconv_ops(golden: Golden) -> None:
         layer.weight.copy_(read_kernel(golden.tensor("state/weight"), layer, KernelLayout.KRSC))
         if layer.bias is not None:
             layer.bias.copy_(golden.tensor("state/bias"))
-    feat = golden.tensor("in/features").requires_grad_()
+    layer.to(device)
+    feat = golden.tensor("in/features").to(device).requires_grad_()
 
     out = layer(input_grid(golden, feat))
-    order = sorted_rows(out.coord)
-    assert_close(out.coord[order], golden.tensor("out/indices"), rtol=0, atol=0)
+    order = sorted_rows(out.coord).to(device)
+    assert_close(out.coord[order].cpu(), golden.tensor("out/indices"), rtol=0, atol=0)
     assert out.spatial_shape == tuple(golden.arrays["out/spatial_shape"].tolist())
     close(out.feat[order], golden, "out/features")
 
-    out.feat[order].backward(golden.tensor("in/grad_output"))
+    out.feat[order].backward(golden.tensor("in/grad_output").to(device))
     close(feat.grad, golden, "out/grad_input")
     close(write_kernel(layer.weight.grad, layer, KernelLayout.KRSC), golden, "out/grad_weight")
     assert (layer.bias is None) == ("out/grad_bias" not in golden.arrays)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Golden, golden_files, sorted_rows
+from harness import Golden, golden_files, needs_gpu, sorted_rows
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -48,25 +48,37 @@ def record_stages(backbone: SparseUNet) -> dict[str, Voxels]:
 
 def close(actual: Tensor, expected: Tensor, name: str) -> None:
     tolerance = 1e-6 + 1e-5 * float(expected.abs().max())
-    assert_close(actual, expected, rtol=0, atol=tolerance, msg=lambda text: f"{name}: {text}")
+    assert_close(actual.cpu(), expected, rtol=0, atol=tolerance, msg=lambda text: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("golden", FILES)
 def test_outputs(golden: Golden) -> None:
+    check_outputs(golden, "cpu")
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("golden", FILES)
+def test_outputs_on_gpu(golden: Golden) -> None:
+    check_outputs(golden, "cuda")
+
+
+def check_outputs(golden: Golden, device: str) -> None:
     """Evaluation mode for files with recorded stages, training mode for a recorded step."""
     backbone, head = build(golden)
+    nn.ModuleList([backbone, head or nn.Identity()]).to(device)
     stages = record_stages(backbone)
     out = golden.group("out")
     step = "in/labels" in golden.arrays
     backbone.train(step)
     with torch.no_grad():
-        features = backbone(cloud(golden))
+        features = backbone(cloud(golden).to(device))
     close(features if head is None else head(features), out["logits" if step else "output"], "output")
     recorded = {name.split("/")[0] for name in out if name.endswith("/indices")}
     assert step or recorded == set(stages)
     for name in recorded:
-        rows = sorted_rows(stages[name].coord)
-        assert_close(stages[name].coord[rows], out[f"{name}/indices"], rtol=0, atol=0)
+        rows = sorted_rows(stages[name].coord).to(device)
+        assert_close(stages[name].coord[rows].cpu(), out[f"{name}/indices"], rtol=0, atol=0)
         close(stages[name].feat[rows], out[f"{name}/feat"], name)
 
 
