@@ -146,7 +146,7 @@ class Points:
             source=None if self.source is None else self.source[index],
         )
 
-    def __iter__(self) -> Iterable[Points]:  # type: ignore[override]
+    def __iter__(self) -> Iterable[Points]:
         return (self[i] for i in range(len(self)))
 
     def select(self, rows: Tensor) -> Points:
