@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
@@ -52,6 +54,9 @@ class SyntheticRooms(PointDataset):
         self.points = points
         self.seed = seed
         self.class_names = [name for name in CLASSES if classes is None or name in classes]
+
+    def relocate(self, root: str | Path) -> None:
+        raise InputError(f"data.root: {root} is of no use, SyntheticRooms has no files; leave it out")
 
     def size(self, split: Split) -> int:
         return self.rooms[split]

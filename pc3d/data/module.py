@@ -180,18 +180,19 @@ class PointDataModule(pl.LightningDataModule):
 
     def class_counts(self) -> list[int]:
         """Labelled points per class over the training clouds (kept in the cache)."""
-        keys = [self.dataset.fingerprint("train", i) for i in range(self.dataset.size("train"))]
-        if self.cache is None:
-            return self._count_classes()
-        return self.cache.value(("class counts", self.class_names, keys), self._count_classes)
-
-    def _count_classes(self) -> list[int]:
-        counts = torch.zeros(self.num_classes, dtype=torch.int64)
         samples = self.samples("train")
-        for index in range(len(samples)):
-            segment = samples.cloud(index).get("segment")
-            counts += torch.bincount(segment[segment != IGNORE], minlength=self.num_classes)
-        return counts.tolist()
+
+        def count() -> list[int]:
+            counts = torch.zeros(self.num_classes, dtype=torch.int64)
+            for index in range(len(samples)):
+                segment = samples.cloud(index).get("segment")
+                counts += torch.bincount(segment[segment != IGNORE], minlength=self.num_classes)
+            return counts.tolist()
+
+        if self.cache is None:
+            return count()
+        keys = [samples.key(index) for index in range(len(samples))]
+        return self.cache.value(("class counts", self.class_names, keys), count)
 
     def class_weights(self, power: float = 0.5) -> list[float]:
         """Weights for a loss: ``frequency ** -power``, mean 1 over the classes that occur; absent classes get 0.
@@ -239,7 +240,7 @@ class CloudSamples(Dataset[Sample]):
         """The prepared cloud, from the cache if there is one."""
         if self.cache is None:
             return self._prepared(index)
-        return self.cache.cloud(self._key(index), lambda: self._prepared(index))
+        return self.cache.cloud(self.key(index), lambda: self._prepared(index))
 
     def _prepared(self, index: int) -> Points:
         cloud = self.dataset.load(self.split, index)
@@ -248,9 +249,10 @@ class CloudSamples(Dataset[Sample]):
         return cloud
 
     def is_cached(self, index: int) -> bool:
-        return self.cache is not None and self.cache.has(*self._key(index))
+        return self.cache is not None and self.cache.has(*self.key(index))
 
-    def _key(self, index: int) -> tuple[Any, ...]:
+    def key(self, index: int) -> tuple[Any, ...]:
+        """What the prepared cloud depends on."""
         prepare = [transform.to_config() for transform in self.prepare]
         return "cloud", self.dataset.fingerprint(self.split, index), prepare
 

@@ -105,6 +105,8 @@ def test_bad_options() -> None:
         SyntheticRooms(classes=["couch"])
     with pytest.raises(InputError, match="points 10"):
         SyntheticRooms(points=10)
+    with pytest.raises(InputError, match="SyntheticRooms has no files"):
+        SyntheticRooms().relocate("somewhere")
 
 
 # Room and scanner ----------------------------------------------------------------------------------------------------
