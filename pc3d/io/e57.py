@@ -73,14 +73,14 @@ def _fields(libe57: Any, file: Any, header: Any) -> dict[str, Array]:
     dtypes: dict[str, Any] = {}
     for name in header.point_fields:
         node = prototype[name]
-        integer = isinstance(node, libe57.IntegerNode)
-        if integer:
+        if isinstance(node, libe57.IntegerNode):
             dtypes[name] = np.promote_types(np.min_scalar_type(node.minimum()), np.min_scalar_type(node.maximum()))
         elif isinstance(node, libe57.FloatNode) and node.precision() == libe57.FloatPrecision.E57_SINGLE:
             dtypes[name] = np.dtype(np.float32)
         else:
             dtypes[name] = np.dtype(np.float64)
-        fields[name] = np.zeros(header.point_count, np.int64 if integer else np.float64)
+        # The library mistakes the stride of 64-bit integer arrays; float64 holds every integer that scanners write.
+        fields[name] = np.zeros(header.point_count)
         convert = scale = True
         buffers.append(libe57.SourceDestBuffer(file, name, fields[name], header.point_count, convert, scale))
     header.points.reader(buffers).read()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pc3d.io.table import Array, Table, changes
 _COLOR = ("red", "green", "blue")
 _COPC = "copc"
 _WAVEFORM_FORMATS = (4, 5, 9, 10)
+_RECORD_SIZE, _EXTENDED_RECORD_SIZE = 54, 60
 _MAX_NAME = 31
 _MAX_STEP = 1e-3
 
@@ -84,7 +86,28 @@ def _laspy(path: Path) -> Any:
     return laspy
 
 
+def _check_header(path: Path) -> None:
+    """Refuse counts and places beyond the end of the file: laspy would loop or allocate for as many records as they say."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(375)
+    if len(head) < 227 or head[:4] != b"LASF":
+        raise InputError(f"{path}: no LAS/LAZ header")
+    header_size, offset, records = struct.unpack_from("<HII", head, 94)
+    if offset > size or header_size + records * _RECORD_SIZE > offset:
+        raise InputError(
+            f"{path}: truncated or damaged: {records} records before byte {offset}, the file has {size} bytes"
+        )
+    if head[25] >= 4 and len(head) == 375:
+        start, extended = struct.unpack_from("<QI", head, 235)
+        if extended and start + extended * _EXTENDED_RECORD_SIZE > size:
+            raise InputError(
+                f"{path}: truncated or damaged: {extended} records at byte {start}, the file has {size} bytes"
+            )
+
+
 def _open(laspy: Any, path: Path) -> Any:
+    _check_header(path)
     try:
         with laspy.open(path) as reader:
             header = reader.header
@@ -116,7 +139,9 @@ def _new(laspy: Any, columns: Mapping[str, Array], meta: Mapping[str, Any]) -> A
     coord = columns["coord"].astype(np.float64)
     low, high = (coord.min(0), coord.max(0)) if len(coord) else (np.zeros(3), np.zeros(3))
     extent = float((high - low).max()) or 1.0
-    fine = np.full(3, min(_MAX_STEP, 10.0 ** np.floor(np.log10(extent * 2.0**-24))))
+    # A power of ten just below what float32 can tell apart, coarser than a millimetre only where 32 bits reach no further.
+    step = 10.0 ** np.floor(np.log10(extent * 2.0**-24))
+    fine = np.full(3, min(step, _MAX_STEP) if extent < _MAX_STEP * 2.0**31 else step)
     if "las_header" in meta:
         header = laspy.LasHeader.read_from(io.BytesIO(base64.b64decode(meta["las_header"])))
         header.evlrs = None
@@ -137,7 +162,8 @@ def _new(laspy: Any, columns: Mapping[str, Array], meta: Mapping[str, Any]) -> A
 def _assign(laspy: Any, data: Any, columns: Mapping[str, Array], path: Path, keep_dimensions: bool) -> None:
     names = set(data.point_format.dimension_names)
     extra: dict[str, Array] = {}
-    for name, values in columns.items():
+    for name, column in columns.items():
+        values = column[:, 0] if column.shape[1:] == (1,) else column
         if name == "coord":
             _set_coord(data, values.astype(np.float64), path)
         elif name == "color" and set(_COLOR) <= names:

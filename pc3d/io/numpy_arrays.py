@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 from pc3d.errors import InputError
 from pc3d.io.table import Array, Table, column_names
 
-_DAMAGE = (ValueError, EOFError, SyntaxError, TypeError, OverflowError)
+_DAMAGE = (ValueError, EOFError, SyntaxError, TypeError, OverflowError, tokenize.TokenError)
 _COORD_KEYS = ("coord", "coords", "xyz", "points", "point", "pos", "positions", "position", "pc", "vertices", "data")
 
 

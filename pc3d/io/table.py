@@ -301,9 +301,10 @@ def _split_origin(stored: Array, path: Path, step: float) -> tuple[Array, tuple[
                 continue
         low, high = float(values.min()), float(values.max())
         largest = max(abs(low), abs(high))
-        if largest > np.finfo(np.float32).max:
+        if largest > float(np.finfo(np.float32).max):
             raise InputError(f"{path}: field '{'xyz'[axis]}' has value {largest:g}, beyond any metre coordinate")
-        if np.spacing(np.float32(largest)) > step and high - np.floor(low) < largest:
+        before, after = np.spacing(np.float32([largest, high - np.floor(low)]))
+        if before > max(step, after):
             origin[axis] = np.floor(low)
     coord = (exact - origin).astype(np.float32)
     return coord, (float(origin[0]), float(origin[1]), float(origin[2]))

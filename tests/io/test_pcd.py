@@ -97,7 +97,7 @@ def test_organised_cloud_drops_and_gets_back_its_invalid_pixels(tmp_path):
     rows = [line.split() for line in out.read_text().splitlines()[11:]]
     assert [row[3] for row in rows] == ["7", "10", "2", "30", "40", "0"]
     assert [row[4] for row in rows] == ["-1", "5", "-1", "6", "7", "-1"]
-    assert [row[5] for row in rows][0] == "nan"
+    assert rows[0][5] == "nan"
 
 
 def test_viewpoint_survives(tmp_path):
