@@ -98,6 +98,8 @@ class SparseUNet(Backbone):
                 "encoder stages, then as many decoder stages"
             )
         stages = len(layers) // 2
+        if not enc_mode and min(layers[stages:]) < 1:
+            raise InputError(f"SparseUNet: layers {tuple(layers)} leave a decoder stage without a block")
         self.in_channels = in_channels
         self.enc_mode = enc_mode
         self.out_channels = channels[stages - 1] if enc_mode else channels[-1]
@@ -124,7 +126,11 @@ class SparseUNet(Backbone):
 
     @classmethod
     def small(cls, in_channels: int) -> SparseUNet:
-        """A small variant for CPUs and small data: half the widths or fewer, one block per stage, 4 stages."""
+        """A small variant for CPUs and small data: 1.6 M parameters, one block in each of the 4 stages.
+
+        In a config: ``base_channels: 16``, ``channels: [16, 32, 64, 96, 64, 48, 32, 32]``,
+        ``layers: [1, 1, 1, 1, 1, 1, 1, 1]``.
+        """
         return cls(in_channels, base_channels=16, channels=(16, 32, 64, 96, 64, 48, 32, 32), layers=(1,) * 8)
 
     def forward(self, points: Points) -> Tensor:
@@ -164,7 +170,7 @@ def _conv_norm_relu(conv: SparseConvolution) -> SparseSequential:
 
 
 def _blocks(in_channels: int, out_channels: int, count: int) -> SparseSequential:
-    widths = [in_channels, *[out_channels] * (count - 1)]
+    widths = [in_channels, *[out_channels] * (count - 1)][:count]
     return SparseSequential(OrderedDict((f"block{i}", BasicBlock(c, out_channels)) for i, c in enumerate(widths)))
 
 

@@ -87,6 +87,12 @@ def test_encoder_mode_gives_one_row_per_cloud() -> None:
     assert not net.dec
 
 
+def test_stages_without_blocks() -> None:
+    net = SparseUNet(3, base_channels=4, channels=(4, 4), layers=(0, 1)).eval()
+    assert net(clouds(30)).shape == (30, 4)
+    assert SparseUNet(3, channels=(8, 8), layers=(1, 0), enc_mode=True).eval()(clouds(30, 20)).shape == (2, 8)
+
+
 def test_points_of_one_cell_share_their_features() -> None:
     points = clouds(40)
     grid = points.attrs["grid_coord"].clone()
@@ -138,6 +144,8 @@ def test_wrong_input_is_one_clear_line() -> None:
         net(clouds(20).without_attrs("grid_coord"))
     with pytest.raises(InputError, match="same, even length"):
         SparseUNet(3, channels=(8, 8, 8), layers=(1, 1, 1))
+    with pytest.raises(InputError, match="decoder stage without a block"):
+        SparseUNet(3, channels=(8, 8), layers=(1, 0))
 
 
 def test_config_round_trip() -> None:
