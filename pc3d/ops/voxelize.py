@@ -107,7 +107,7 @@ def _grid_coords_reference(coord: Tensor, offsets: Tensor, size: float) -> Tenso
     low = torch.segment_reduce(cells, "min", offsets=offsets, axis=0, unsafe=True)
     high = torch.segment_reduce(cells, "max", offsets=offsets, axis=0, unsafe=True)
     widest = (high - low).amax(0)  # an empty cloud has -inf - inf
-    if bool((widest >= MAX_CELLS_PER_AXIS).any()):
+    if not bool((widest < MAX_CELLS_PER_AXIS).all()):  # NaN where coord / size overflows
         axis = int(widest.argmax())
         raise InputError(
             f"grid size {size} m cuts axis {'xyz'[axis]} into {widest[axis].item() + 1:.0f} cells, the limit is "

@@ -84,6 +84,8 @@ def test_grid_coords_refuses_what_does_not_fit(backend: str) -> None:
         far = torch.tensor([[0.0, 0, 0], [1e30, 0, 0]])
         with pytest.raises(InputError, match="axis x"):
             grid_coords(far, _offsets(2), 0.01)
+        with pytest.raises(InputError, match="grid size 1e-308 m cuts axis"):
+            grid_coords(torch.full((2, 3), 3e38), _offsets(2), 1e-308)
         assert grid_coords(far, _offsets(1, 1), 0.01).eq(0).all(), "each cloud counts from its own lowest cell"
 
 
