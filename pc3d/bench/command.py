@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from pc3d.bench import kernel_maps, voxelize
+from pc3d.bench import conv, kernel_maps, voxelize
 from pc3d.bench.clouds import load
 from pc3d.bench.timing import Timing, machine, report, table
 from pc3d.errors import InputError
@@ -21,6 +21,7 @@ LEAST_ROUNDS = 7
 EXAMPLES = """examples:
   tools/bench.py voxelize --threads 1
   tools/bench.py map --size 0.05 scan.ply sweep.bin --json runs/bench/map.json
+  tools/bench.py sparse --size 0.05 --threads 1 scan.ply
 """
 
 
@@ -43,6 +44,8 @@ def _run(args: argparse.Namespace) -> int:
         for size in args.size or args.default_sizes:
             if args.op == "voxelize":
                 timings += voxelize.bench(points, size, args.rounds)
+            elif args.op == "sparse":
+                timings += conv.bench(points, size, args.rounds)
             else:
                 timings += kernel_maps.bench(points, size, args.kernel, args.rounds)
     print(table(timings))
@@ -66,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     maps = ops.add_parser("map", help="kernel maps of sparse convolutions")
     _add_shared(maps, points=200_000, sizes=[0.1])
     maps.add_argument("--kernel", type=_odd, default=3, help="edge of the submanifold kernel, odd (default 3)")
+    sparse = ops.add_parser("sparse", help="sparse convolutions beside plain torch and spconv's CPU path if installed")
+    _add_shared(sparse, points=100_000, sizes=[0.1])
     return parser
 
 
