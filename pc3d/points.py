@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,14 +18,15 @@ class Points:
     """A batch of point clouds, packed row after row without padding.
 
     Attributes:
-        coord: ``(N, 3)`` float32, metres, relative to the cloud's origin (``meta[i]["origin"]``, float64, zeros if absent).
+        coord: ``(N, 3)`` float32, metres, relative to the cloud's origin (``meta[i]["origin"]``, float64, zeros if
+            absent).
         offsets: ``(B + 1,)`` int64; rows ``offsets[i]:offsets[i + 1]`` are cloud ``i``. Empty clouds are allowed.
-        attrs: per-point attributes ``{name: (N, ...)}``. Names used throughout: ``color`` (N, 3) float32 in 0..255, ``normal``
-            (N, 3) unit float32, ``strength`` (N, 1) float32, ``segment`` (N,) int64 (class), ``instance`` (N,) int64,
-            ``grid_coord`` (N, 3) int32, ``feat`` (N, C) float32, ``inverse`` (N,) int64.
+        attrs: per-point attributes ``{name: (N, ...)}``. Names used throughout: ``color`` (N, 3) float32 in 0..255,
+            ``normal`` (N, 3) unit float32, ``strength`` (N, 1) float32, ``segment`` (N,) int64 (class), ``instance``
+            (N,) int64, ``grid_coord`` (N, 3) int32, ``feat`` (N, C) float32, ``inverse`` (N,) int64.
         meta: one dict per cloud (``name``, ``path``, ``origin``, whatever a reader keeps).
-        source: the clouds before grid sampling, or None. Its ``attrs["inverse"]`` holds, for each of its points, the row of the
-            sampled cloud (counted from that cloud's first row) which stands for it.
+        source: the clouds before grid sampling, or None. Its ``attrs["inverse"]`` holds, for each of its points, the
+            row of the sampled cloud (counted from that cloud's first row) which stands for it.
 
     Raises:
         ValueError: if shapes or dtypes do not fit together.
@@ -57,6 +58,8 @@ class Points:
         self.source = source
 
     def _set(self, name: str, value: Tensor) -> None:
+        if name == "coord":
+            raise ValueError("'coord' is not an attribute: pass it as coord=")
         if len(value) != len(self.coord):
             raise ValueError(f"attribute '{name}' has {len(value)} rows for {len(self.coord)} points")
         if value.device != self.coord.device:
@@ -114,8 +117,14 @@ class Points:
         return name if len(self) <= 1 else f"{name} and {len(self) - 1} more"
 
     def replace(self, **changes: Any) -> Points:
-        """A new batch with ``coord``, ``offsets``, ``attrs``, ``meta`` or ``source`` replaced; tensors are shared, not copied."""
-        fields = {"coord": self.coord, "offsets": self.offsets, "attrs": self.attrs, "meta": self.meta, "source": self.source}
+        """A new batch with ``coord``, ``offsets``, ``attrs``, ``meta`` or ``source`` replaced; tensors are shared."""
+        fields = {
+            "coord": self.coord,
+            "offsets": self.offsets,
+            "attrs": self.attrs,
+            "meta": self.meta,
+            "source": self.source,
+        }
         return Points(**{**fields, **changes})
 
     def with_attrs(self, **attrs: Tensor) -> Points:
@@ -131,10 +140,10 @@ class Points:
 
     def __getitem__(self, key: int | slice | Sequence[int]) -> Points:
         """Cloud ``key`` (views, nothing copied), or the clouds of a slice or a list of cloud numbers."""
-        if isinstance(key, slice):
-            return Points.cat([self[i] for i in range(*key.indices(len(self)))]) if len(self) else self
         if not isinstance(key, int):
-            return Points.cat([self[int(i)] for i in key])
+            numbers = range(*key.indices(len(self))) if isinstance(key, slice) else key
+            clouds = [self[int(i)] for i in numbers]
+            return Points.cat(clouds) if clouds else self._no_clouds()
         index = key + len(self) if key < 0 else key
         if not 0 <= index < len(self):
             raise IndexError(f"cloud {key} of a batch of {len(self)}")
@@ -146,19 +155,27 @@ class Points:
             source=None if self.source is None else self.source[index],
         )
 
-    def __iter__(self) -> Iterable[Points]:
+    def _no_clouds(self) -> Points:
+        """A batch of no clouds, with the attributes of this one."""
+        attrs = {name: value[:0] for name, value in self.attrs.items()}
+        source = None if self.source is None else self.source._no_clouds()
+        return Points(self.coord[:0], self.offsets[:1], attrs, [], source)
+
+    def __iter__(self) -> Iterator[Points]:
         return (self[i] for i in range(len(self)))
 
     def select(self, rows: Tensor) -> Points:
         """The points at ``rows``: an ``(N,)`` bool mask or an int64 index.
 
-        An index of a batch of several clouds must keep the clouds in order; of one cloud it may be any order, with repeats.
-        ``source`` is dropped when rows change (its inverse map would no longer fit).
+        An index of a batch of several clouds must keep the clouds in order; of one cloud it may be any order, with
+        repeats. ``source`` is dropped when rows change (its inverse map would no longer fit).
 
         Raises:
-            ValueError: if an index mixes clouds.
+            ValueError: if an index mixes clouds, or a mask does not have one entry per point.
         """
         if rows.dtype == torch.bool:
+            if rows.shape != (self.num_points,):
+                raise ValueError(f"select: a mask of shape {tuple(rows.shape)} for {self.num_points} points")
             rows = rows.nonzero()[:, 0]
         batch = self.batch.index_select(0, rows)  # index_select is two to three times as fast as indexing
         if len(self) > 1 and bool((batch.diff() < 0).any()):
@@ -172,8 +189,10 @@ class Points:
     def cat(clouds: Sequence[Points]) -> Points:
         """Pack batches one after the other: the collate function of every loader.
 
+        The result has a ``source`` if all of them have one.
+
         Raises:
-            InputError: if the clouds do not have the same attributes.
+            InputError: if the clouds do not have the same attributes, of the same width.
             ValueError: if the list is empty.
         """
         if not clouds:
@@ -183,6 +202,13 @@ class Points:
             if set(cloud.attrs) != set(names):
                 odd = ", ".join(sorted(set(names) ^ set(cloud.attrs)))
                 raise InputError(f"{clouds[0].describe()} and {cloud.describe()} differ in fields: {odd}")
+            for name in names:
+                first, other = clouds[0].attrs[name].shape[1:], cloud.attrs[name].shape[1:]
+                if first != other:
+                    widths = f"{tuple(first)} and {tuple(other)} per point"
+                    raise InputError(
+                        f"{clouds[0].describe()} and {cloud.describe()} differ in field '{name}': {widths}"
+                    )
         counts = torch.cat([cloud.counts for cloud in clouds])
         sources = [cloud.source for cloud in clouds if cloud.source is not None]
         return Points(
@@ -233,7 +259,11 @@ class Points:
     # Voxels ----------------------------------------------------------------------------------------------------------
 
     def voxelize(
-        self, size: float, reduce: Reduce = "mean", order: VoxelOrder = "raster", generator: torch.Generator | None = None
+        self,
+        size: float,
+        reduce: Reduce = "mean",
+        order: VoxelOrder = "raster",
+        generator: torch.Generator | None = None,
     ) -> Voxels:
         """Group the points into cubic cells of edge ``size`` metres; see :func:`pc3d.voxels.voxelize`."""
         from pc3d.voxels import voxelize
@@ -259,7 +289,7 @@ def check_offsets(offsets: Tensor, rows: int) -> None:
     """
     if offsets.ndim != 1 or len(offsets) < 1 or offsets.dtype != torch.int64:
         raise ValueError(f"offsets must be (B + 1,) int64, got {tuple(offsets.shape)} {offsets.dtype}")
-    if offsets.device.type == "cuda":
+    if offsets.device.type != "cpu":
         return  # checking the values would wait for the device; they were checked where they were made
     if offsets[0] != 0 or offsets[-1] != rows or bool((offsets.diff() < 0).any()):
         raise ValueError(f"offsets must rise from 0 to {rows}, got {offsets.tolist()[:8]}")

@@ -87,7 +87,7 @@ def _laspy(path: Path) -> Any:
 
 
 def _check_header(path: Path) -> None:
-    """Refuse counts and places beyond the end of the file: laspy would loop or allocate for as many records as they say."""
+    """Refuse counts and places beyond the end of the file: laspy would loop over as many records as they say."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(375)
@@ -139,7 +139,7 @@ def _new(laspy: Any, columns: Mapping[str, Array], meta: Mapping[str, Any]) -> A
     coord = columns["coord"].astype(np.float64)
     low, high = (coord.min(0), coord.max(0)) if len(coord) else (np.zeros(3), np.zeros(3))
     extent = float((high - low).max()) or 1.0
-    # A power of ten just below what float32 can tell apart, coarser than a millimetre only where 32 bits reach no further.
+    # A power of ten just below what float32 can tell apart; above a millimetre only where 32 bits reach no further.
     step = 10.0 ** np.floor(np.log10(extent * 2.0**-24))
     fine = np.full(3, min(step, _MAX_STEP) if extent < _MAX_STEP * 2.0**31 else step)
     if "las_header" in meta:

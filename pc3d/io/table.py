@@ -303,7 +303,7 @@ def _split_origin(stored: Array, path: Path, step: float) -> tuple[Array, tuple[
         largest = max(abs(low), abs(high))
         if largest > float(np.finfo(np.float32).max):
             raise InputError(f"{path}: field '{'xyz'[axis]}' has value {largest:g}, beyond any metre coordinate")
-        before, after = np.spacing(np.float32([largest, high - np.floor(low)]))
+        before, after = np.spacing(np.array([largest, high - np.floor(low)], np.float32))
         if before > max(step, after):
             origin[axis] = np.floor(low)
     coord = (exact - origin).astype(np.float32)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from hypothesis import strategies as st
 
-from pc3d import Points
+from pc3d import InputError, Points
+
+Result = TypeVar("Result")
 
 DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.float32, torch.float64)
 
@@ -24,6 +29,18 @@ def assert_same_cloud(a: Points, b: Points) -> None:
     for name, values in a.attrs.items():
         assert same_values(values, b.attrs[name]), name
     assert a.meta[0]["dtypes"] == b.meta[0]["dtypes"]
+
+
+def assert_one_line(reader: Callable[[], Result]) -> Result | None:
+    """What ``reader`` gives, or None when it refuses its file; it must do that with an InputError of one line."""
+    refusal = None
+    try:
+        return reader()
+    except InputError as error:
+        refusal = str(error)
+    assert "\n" not in refusal
+    assert ": " in refusal
+    return None
 
 
 @st.composite

@@ -19,13 +19,18 @@ def test_replaces_the_file_and_leaves_nothing_else(tmp_path):
     assert os.listdir(target.parent) == ["scan.ply"]
 
 
+def write_half(target, error):
+    with atomic_write(target) as temporary:
+        temporary.write_text("half")
+        raise error
+
+
 @pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()])
 def test_failure_keeps_the_old_file_and_its_own_error(tmp_path, error):
     target = tmp_path / "scan.ply"
     target.write_text("old")
-    with pytest.raises(type(error)), atomic_write(target) as temporary:
-        temporary.write_text("half")
-        raise error
+    with pytest.raises(type(error)):
+        write_half(target, error)
     assert target.read_text() == "old"
     assert os.listdir(tmp_path) == ["scan.ply"]
 

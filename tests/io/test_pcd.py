@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from clouds import assert_same_cloud, clouds
+from clouds import assert_one_line, assert_same_cloud, clouds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -15,8 +15,8 @@ HYPOTHESIS = settings(max_examples=40, deadline=None, suppress_health_check=[Hea
 def header(fields="x y z", size="4 4 4", kind="F F F", count="1 1 1", width=2, height=1, data="ascii", points=None):
     points = width * height if points is None else points
     return (
-        f"# .PCD v0.7\nVERSION 0.7\nFIELDS {fields}\nSIZE {size}\nTYPE {kind}\nCOUNT {count}\nWIDTH {width}\nHEIGHT {height}\n"
-        f"VIEWPOINT 0 0 0 1 0 0 0\nPOINTS {points}\nDATA {data}\n"
+        f"# .PCD v0.7\nVERSION 0.7\nFIELDS {fields}\nSIZE {size}\nTYPE {kind}\nCOUNT {count}\n"
+        f"WIDTH {width}\nHEIGHT {height}\nVIEWPOINT 0 0 0 1 0 0 0\nPOINTS {points}\nDATA {data}\n"
     ).encode()
 
 
@@ -149,7 +149,4 @@ def test_damage_never_escapes_as_another_error(tmp_path, at, value, encoding):
     data = bytearray(write(tmp_path / "a.pcd", cloud, encoding=encoding).read_bytes())
     data[at % len(data)] = value
     (tmp_path / "b.pcd").write_bytes(data)
-    try:
-        read(tmp_path / "b.pcd")
-    except InputError as error:
-        assert "\n" not in str(error)
+    assert_one_line(lambda: read(tmp_path / "b.pcd"))
