@@ -3,7 +3,7 @@ import sys
 
 import pytest
 import torch
-from clouds import same_values
+from io_clouds import same_values
 
 from pc3d import InputError, Points
 from pc3d.io import READABLE, WRITABLE, can_read, read, write

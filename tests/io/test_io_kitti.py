@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from clouds import assert_same_cloud
+from io_clouds import assert_same_cloud
 
 from pc3d import InputError, Points
 from pc3d.io import read, write

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from clouds import assert_same_cloud, clouds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from io_clouds import assert_same_cloud, clouds
 
 from pc3d import InputError
 from pc3d.io import read, write

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from clouds import assert_one_line, assert_same_cloud, clouds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from io_clouds import assert_one_line, assert_same_cloud, clouds
 
 from pc3d import InputError, Points
 from pc3d.io import ply, read, write

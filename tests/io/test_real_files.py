@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from clouds import assert_one_line, assert_same_cloud
+from io_clouds import assert_one_line, assert_same_cloud
 
 from pc3d.io import WRITABLE, can_read, read, read_labels, write, write_labels
 
