@@ -17,6 +17,8 @@ def explain(error: BaseException) -> str | None:
             return f"{where}the disk is full: nothing was written; free some space or choose another --run_dir or -o"
         if isinstance(cause, OSError) and cause.filename is not None and cause.strerror:
             return f"{cause.filename}: {cause.strerror}"
+        if type(cause).__name__ == "MisconfigurationException":  # the trainer's: named, not imported, to start fast
+            return f"trainer: {one_line(str(cause))}"
         if _out_of_memory(cause):
             return "out of memory: use smaller clouds (crop, --tile), a smaller batch_size, or a larger grid_size"
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 import yaml
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from lightning_fabric.plugins import CheckpointIO, TorchCheckpointIO
+from pytorch_lightning.callbacks import Callback, LambdaCallback, ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
@@ -81,8 +84,16 @@ class Experiment(LightningCLI):
         given = self.config_init["trainer"]
         if given["logger"] in (None, True):
             kwargs["logger"] = self._loggers()
-        kwargs["callbacks"] = [*(given["callbacks"] or []), *self._callbacks(given)]
+        callbacks: list[Callback] = given["callbacks"] or []
+        for callback in callbacks:
+            if isinstance(callback, SavePictures) and callback.folder is None:
+                callback.folder = str(self.run.folder / "pictures")
+        kwargs["callbacks"] = [*callbacks, *self._callbacks(given)]
         kwargs["default_root_dir"] = str(given["default_root_dir"] or self.run.folder)
+        plugins = given["plugins"] or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         if given["enable_model_summary"] is None:
             kwargs["enable_model_summary"] = False
         return super().instantiate_trainer(**kwargs)
@@ -101,10 +112,12 @@ class Experiment(LightningCLI):
             ScoreTable(),
             SavePictures(str(self.run.folder / "pictures")),
             RunRecord(self.saved_config(), str(self.run.folder)),
+            SameLength(),
+            LambdaCallback(on_train_start=lambda trainer, module: self.save_config()),
         ]
         if trainer["enable_progress_bar"] is not False:
             own.append(ScoreProgressBar())
-        given = {type(callback) for callback in trainer["callbacks"] or []}
+        given = {type(callback) for callback in trainer["callbacks"] or []} - {LambdaCallback}
         own = [callback for callback in own if type(callback) not in given]
         if trainer["enable_checkpointing"] is not False and not trainer["fast_dev_run"]:
             own += self._checkpoints()
@@ -133,6 +146,29 @@ class Experiment(LightningCLI):
         """Write ``config.yaml`` to the run folder: ``pc3d train --config`` with it repeats the run."""
         with atomic_write(self.run.folder / "config.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(self.saved_config(), sort_keys=False))
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints are complete or not there: the trainer's own are copied into place, and a full disk cuts them off."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(buffer.getbuffer())
+
+
+class SameLength(Callback):
+    """Refuses to resume a one-cycle schedule with another number of steps: it would end before or after its cycle."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for config in trainer.lr_scheduler_configs:
+            planned, now = getattr(config.scheduler, "total_steps", None), trainer.estimated_stepping_batches
+            if planned is not None and planned != now:
+                raise InputError(
+                    f"{trainer.ckpt_path}: its schedule has {planned} steps, this run {now}: resume with the same "
+                    "trainer.max_epochs, batch_size and data, or start a new run with --init_from"
+                )
 
 
 def add_call_options(parser: Any) -> None:

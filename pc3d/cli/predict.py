@@ -28,6 +28,7 @@ def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
 
     import torch
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from pc3d.tasks import load_task
@@ -36,12 +37,13 @@ def main(arguments: list[str]) -> int:
     task, pipeline, card = load_task(options.ckpt, trust=options.trust)
     task.to(_device(options.device, torch))
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    with Progress(*columns, transient=True) as progress:
+    console = Console()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("predicting", total=len(jobs))
         for source, target in jobs:
             progress.update(bar, description=source.name)
             line = predict_file(source, target, task, pipeline, card, options)
-            progress.print(line, soft_wrap=True, highlight=False)
+            console.print(line, soft_wrap=True, highlight=False)
             progress.advance(bar)
     return 0
 
@@ -137,14 +139,14 @@ def predict_file(source: Path, target: Path, task: Any, pipeline: Any, card: Any
 
     from pc3d.io import read, write, write_labels
     from pc3d.tasks import labels_of, predict_cloud
-    from pc3d.tasks.augmentations import test_augmentations_of
+    from pc3d.tasks.augmentations import augmentation_passes
 
     points = read(source, columns=_columns(options.columns), invalid=options.invalid)
     probabilities = predict_cloud(
         task,
         pipeline,
         points,
-        None if options.tta == "none" else test_augmentations_of(options.tta),
+        None if options.tta == "none" else augmentation_passes(options.tta),
         mode=options.mode,
         tile=options.tile,
         generator=torch.Generator().manual_seed(0),

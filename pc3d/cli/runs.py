@@ -55,7 +55,9 @@ def plan_run(config: Path, run_dir: str | None, ckpt_path: str | None) -> Run:
     own = None if checkpoint is None else run_of(checkpoint)
     if own is not None and (run_dir is None or own.resolve() == Path(run_dir).resolve()):
         return Run(own, checkpoint, resumed=True)
-    if started and getattr(rank_zero_only, "rank", 0):  # a process of a multi-device run: the first one has chosen
+    if started and (
+        getattr(rank_zero_only, "rank", None) or 0
+    ):  # a process of a multi-device run: the first one has chosen
         return Run(Path(started), checkpoint)
     folder = free_folder(Path("runs") / run_name(config)) if run_dir is None else Path(run_dir)
     if free_folder(folder) != folder:

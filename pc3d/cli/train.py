@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,12 +69,15 @@ def fit_and_test(experiment: Experiment, arguments: list[str]) -> int:
         read_checkpoint(resume)  # a damaged file, or one with code in it, ends here
     if weights is not None:
         print(init_weights(model, weights, trust=experiment.config["trust"]))
-    experiment.save_config()
     print(f"run folder: {folder}" + (f", resuming from {resume}" if resume else ""))
     try:
         trainer.fit(model, datamodule=experiment.datamodule, ckpt_path=resume and str(resume))
     except SystemExit as stop:  # after Ctrl-C the trainer ends the process itself
         raise KeyboardInterrupt(_how_to_resume(arguments, folder)) from stop
+    except Exception:
+        if not experiment.run.resumed and not any((folder / CHECKPOINTS).glob("*.ckpt")):
+            shutil.rmtree(folder, ignore_errors=True)  # a new folder, and nothing in it that anyone could use
+        raise
     best = folder / CHECKPOINTS / "best.ckpt"
     if experiment.config["test"] and not experiment.config["trainer"]["fast_dev_run"]:
         trainer.test(

@@ -101,6 +101,11 @@ def color_modes(points: Points) -> list[str]:
     return [*first, "height", *(name for name in points.attrs if name not in (label, "color"))]
 
 
+def _has_colors(points: Points) -> bool:
+    """Whether the colours tell anything: many LAS files have the fields, filled with zeros."""
+    return "color" in points and bool((points.attrs["color"] != points.attrs["color"][:1]).any())
+
+
 def point_colors(points: Points, mode: str = "auto", palette: Palette | None = None) -> NDArray[np.uint8]:
     """``(N, 3)`` uint8 colours of a cloud.
 
@@ -114,7 +119,7 @@ def point_colors(points: Points, mode: str = "auto", palette: Palette | None = N
     """
     label = label_field(points)
     if mode == "auto":
-        present = ["rgb"] if "color" in points else ["label"] if label else []
+        present = ["rgb"] if _has_colors(points) else ["label"] if label else []
         present += [name for name in ("strength", "intensity") if name in points]
         mode = (present or ["height"])[0]
     if mode == "height":

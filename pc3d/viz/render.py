@@ -23,7 +23,8 @@ from pc3d.viz.colors import Color
 _SUPERSAMPLING = 2
 _MOST_POINTS = 1_500_000  # more cannot be told apart on a picture
 _SPACING_SAMPLE = 200_000
-_LARGEST_SPLAT = 14  # pixels of the supersampled picture
+_LARGEST_SPLAT = 14  # pixels of the supersampled picture; of a sparse cloud twice as many
+_SPARSE = 30_000  # points
 
 
 @dataclass
@@ -215,7 +216,7 @@ def rasterize(
     in_front = depth > 1e-6
     rows, pixels, depth = rows[in_front], pixels[in_front], depth[in_front]
     focal = height / (2 * np.tan(np.radians(view.fov) / 2))
-    radius = np.clip(0.78 * _spacing(coord[rows]) * focal / depth, 0.8, _LARGEST_SPLAT)
+    radius = np.clip(0.78 * _spacing(coord[rows]) * focal / depth, 0.8, _LARGEST_SPLAT * (1 + (len(rows) < _SPARSE)))
     winner = _splat(pixels, depth, radius, width, height)
     hit = winner >= 0
     depth_map = np.full((height, width), np.inf, np.float32)
