@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 
 from pc3d.errors import InputError
 
@@ -12,9 +13,9 @@ def explain(error: BaseException) -> str | None:
     for cause in _chain(error):
         if isinstance(cause, InputError):
             return one_line(str(cause))
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = f"{cause.filename}: " if cause.filename else ""
-            return f"{where}the disk is full: nothing was written; free some space or choose another --run_dir or -o"
+        if _disk_full(cause):
+            where = getattr(cause, "filename", None)
+            return f"{where or 'output'}: the disk is full: free some space, or choose another --run_dir or -o"
         if isinstance(cause, OSError) and cause.filename is not None and cause.strerror:
             return f"{cause.filename}: {cause.strerror}"
         if type(cause).__name__ == "MisconfigurationException":  # the trainer's: named, not imported, to start fast
@@ -35,6 +36,12 @@ def _chain(error: BaseException) -> list[BaseException]:
         chain.append(current)
         current = current.__cause__ or current.__context__  # type: ignore[assignment]
     return chain
+
+
+def _disk_full(error: BaseException) -> bool:
+    """Libraries in other languages report it in words only."""
+    number = error.errno if isinstance(error, OSError) else None
+    return number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
 
 
 def _out_of_memory(error: BaseException) -> bool:

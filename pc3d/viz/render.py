@@ -255,7 +255,7 @@ def _project(coord: NDArray, view: View, width: int, height: int) -> tuple[NDArr
 def _spacing(coord: NDArray) -> NDArray[np.float64]:
     """Distance to the fourth neighbour, metres, within a factor of the cloud's median so that outliers stay small."""
     if len(coord) < 6:
-        return np.full(len(coord), 0.02)
+        return np.full(len(coord), 0.02 * max(float(np.ptp(coord, axis=0).max()), 1e-3) if len(coord) else 0.0)
     rng = np.random.default_rng(0)
     sample = np.arange(len(coord))
     if len(coord) > _SPACING_SAMPLE:
