@@ -12,7 +12,7 @@ from pc3d.datasets.synthetic.room import CLASSES, STRUCTURE, Room
 from pc3d.errors import InputError
 from pc3d.points import Points
 
-_VERSION = 1  # raise when the generator changes: cached rooms are then built again
+_VERSION = 2  # raise when the generator changes: cached rooms are then built again
 
 
 class SyntheticRooms(PointDataset):

@@ -212,13 +212,13 @@ def _shade(rng: Rng) -> Material:
 def door(rng: Rng) -> Item:
     """Hinged at x = -width/2; closed it lies in the plane y = 0."""
     width, height, panel, frame = rng.uniform(0.8, 1.0), rng.uniform(2.0, 2.1), hard(rng), hard(rng)
-    parts: Parts = [(block(sx * (width / 2 + 0.04), -0.03, 0, 0.08, 0.06, height + 0.08), frame) for sx in (-1, 1)]
-    parts.append((block(0, -0.03, height, width, 0.06, 0.08), frame))
-    parts.append((block(0, -0.015, 0.01, width, 0.03, height - 0.02), panel))
-    parts.append((block(width / 2 - 0.09, -0.06, 1.0, 0.12, 0.03, 0.025), metal(rng)))
+    parts: Parts = [(block(sx * (width / 2 + 0.05), -0.045, 0, 0.1, 0.09, height + 0.1), frame) for sx in (-1, 1)]
+    parts.append((block(0, -0.045, height, width, 0.09, 0.1), frame))
+    parts.append((block(0, -0.02, 0.01, width, 0.04, height - 0.02), panel))
+    parts.append((block(width / 2 - 0.09, -0.08, 1.0, 0.12, 0.04, 0.03), metal(rng)))
     if rng.random() < 0.5:
         for z in (0.15, 1.15):
-            parts.append((block(0, -0.035, z, width - 0.3, 0.012, 0.75), panel))
+            parts.append((block(0, -0.045, z, width - 0.3, 0.012, 0.75), panel))
     return Item("door", parts)
 
 
@@ -226,11 +226,11 @@ def window(rng: Rng) -> Item:
     """In the plane y = 0, with its sill; glass returns few rays."""
     width, height, sill = rng.uniform(0.9, 1.8), rng.uniform(1.0, 1.4), rng.uniform(0.75, 1.0)
     frame = hard(rng)
-    glass = Material(_pick(rng, [(150, 175, 190), (110, 130, 140), (190, 205, 215)]), returns=0.45)
+    glass = Material(_pick(rng, [(150, 175, 190), (110, 130, 140), (190, 205, 215)]), returns=0.6)
     bar = rng.uniform(0.05, 0.08)
     parts: Parts = [(block(0, -0.005, sill, width, 0.01, height), glass)]
-    parts += [(block(x, -0.035, sill, bar, 0.07, height), frame) for x in (-width / 2, 0, width / 2)]
-    parts += [(block(0, -0.035, sill + z - bar / 2, width, 0.07, bar), frame) for z in (0, height)]
+    parts += [(block(x, -0.045, sill, bar, 0.09, height), frame) for x in (-width / 2, 0, width / 2)]
+    parts += [(block(0, -0.045, sill + z - bar / 2, width, 0.09, bar), frame) for z in (0, height)]
     parts.append((block(0, -0.1, sill - 0.07, width + 0.15, 0.2, 0.03), frame))
     return Item("window", parts)
 

@@ -71,7 +71,7 @@ class Room:
             "bed": (0.7,),
             "sofa": (0.8, 0.2),
             "bookcase": (0.9, 0.4),
-            "cabinet": (0.95, 0.5),
+            "cabinet": (1.0, 0.7),
         }.items():
             for chance in chances:
                 if kind in self.kinds and rng.random() < chance:
@@ -91,7 +91,7 @@ class Room:
         if table is None or "chair" not in self.kinds:
             return
         bounds = table.bounds
-        for side in rng.permutation(4)[: rng.integers(2, 5)]:
+        for side in rng.permutation(4)[: rng.integers(3, 5)]:
             chair = furniture.chair(rng)
             angle = side * _QUARTER
             reach = bounds.upper[0] if side % 2 else bounds.upper[1]
