@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,8 @@ _COLOR = ("red", "green", "blue")
 _COPC = "copc"
 _WAVEFORM_FORMATS = (4, 5, 9, 10)
 _RECORD_SIZE, _EXTENDED_RECORD_SIZE = 54, 60
+_VARIABLE_CHUNKS = 0xFFFFFFFF
+_MOST_POINTS_PER_BYTE = 1000
 _MAX_NAME = 31
 _MAX_STEP = 1e-3
 
@@ -106,19 +109,37 @@ def _check_header(path: Path) -> None:
             )
 
 
+def _check_count(header: Any, path: Path) -> None:
+    """Refuse more points than the file can hold, before memory and time are spent on them."""
+    size, record = path.stat().st_size, header.point_format.size
+    most = (size - header.offset_to_point_data) // record
+    if header.are_points_compressed:
+        most = _most_compressed(header, path, size, record)
+    if header.point_count > most:
+        raise InputError(f"{path}: truncated or damaged: {header.point_count} points, the file has room for {most}")
+
+
+def _most_compressed(header: Any, path: Path, size: int, record: int) -> int:
+    with path.open("rb") as file:
+        file.seek(header.offset_to_point_data)
+        (table,) = struct.unpack("<q", file.read(8))
+        if table == -1:  # written to a stream: the place of the chunk table is at the end
+            file.seek(-8, os.SEEK_END)
+            (table,) = struct.unpack("<q", file.read(8))
+        file.seek(max(table, 0))
+        _, chunks = struct.unpack("<II", file.read(8))
+    if chunks * record > size:  # every chunk starts with one point as it is
+        return 0
+    (chunk_size,) = struct.unpack_from("<I", header.vlrs.get("LasZipVlr")[0].record_data, 12)
+    return chunks * chunk_size if chunk_size != _VARIABLE_CHUNKS else size * _MOST_POINTS_PER_BYTE
+
+
 def _open(laspy: Any, path: Path) -> Any:
     _check_header(path)
     try:
         with laspy.open(path) as reader:
             header = reader.header
-            size = path.stat().st_size
-            needed = header.offset_to_point_data
-            if not header.are_points_compressed:
-                needed += header.point_count * header.point_format.size
-            if needed > size:
-                raise InputError(
-                    f"{path}: truncated: {header.point_count} points need {needed} bytes, the file has {size}"
-                )
+            _check_count(header, path)
             data = reader.read()
     except InputError:
         raise

@@ -213,3 +213,13 @@ def test_missing_package_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "lazrs", None)
     with pytest.raises(InputError, match=r"pip install pc3d\[las\]"):
         read(path)
+
+
+@pytest.mark.parametrize("suffix", ["las", "laz"])
+@pytest.mark.parametrize(("at", "size"), [(96, 4), (100, 4), (235, 8), (243, 4), (247, 8)])
+def test_absurd_counts_cost_neither_time_nor_memory(tmp_path, suffix, at, size):
+    data = bytearray(make(tmp_path / f"a.{suffix}").read_bytes())
+    data[at : at + size] = b"\xff" * (size - 1) + b"\x0f"
+    (tmp_path / f"b.{suffix}").write_bytes(data)
+    with pytest.raises(InputError, match="truncated or damaged"):
+        read(tmp_path / f"b.{suffix}")
