@@ -108,9 +108,10 @@ class Experiment(LightningCLI):
 
     def _callbacks(self, trainer: Any) -> list[Callback]:
         """Reports and checkpoints, except those that the config brings or switches off."""
+        validations = (trainer["max_epochs"] or 1) // (trainer["check_val_every_n_epoch"] or 1)
         own: list[Callback] = [
             ScoreTable(),
-            SavePictures(str(self.run.folder / "pictures")),
+            SavePictures(str(self.run.folder / "pictures"), every_n_validations=max(validations // 4, 1)),
             RunRecord(self.saved_config(), str(self.run.folder)),
             SameLength(),
             LambdaCallback(on_train_start=lambda trainer, module: self.save_config()),

@@ -221,10 +221,16 @@ class RunRecord(pl.Callback):
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,
             "best_checkpoint": getattr(checkpoints, "best_model_path", "") or None,
-            "last_checkpoint": getattr(checkpoints, "last_model_path", "") or None,
+            "last_checkpoint": getattr(checkpoints, "last_model_path", "") or _last_checkpoint(checkpoints),
             "pictures": [str(path) for saver in savers for path in saver.written],
         }
         write_json(self._folder(trainer) / "summary.json", summary)
+
+
+def _last_checkpoint(callback: Any) -> str | None:
+    """``last.ckpt`` in a callback's folder; another callback may write it, and testing an older file resets its state."""
+    path = Path(getattr(callback, "dirpath", None) or "", "last.ckpt")
+    return str(path) if path.is_file() else None
 
 
 def _segmentation(module: pl.LightningModule) -> SemanticSegmentation:

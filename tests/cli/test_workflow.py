@@ -33,6 +33,7 @@ def test_a_run_leaves_everything_in_its_folder(trained: Path) -> None:
     summary = json.loads((trained / "summary.json").read_text())
     assert 0 <= summary["test/mIoU"] <= 1
     assert summary["seconds"] > 0
+    assert [Path(summary[f"{name}_checkpoint"]).name for name in ("best", "last")] == ["best.ckpt", "last.ckpt"]
     rows = list(csv.DictReader((trained / "logs" / "metrics.csv").open()))
     assert sum(bool(row["val/mIoU"]) for row in rows) == 2
 
@@ -229,3 +230,11 @@ def test_every_command_has_help_with_examples(command: str, pc3d) -> None:
     assert f"usage: pc3d {command}" in outcome.out
     assert outcome.out.count(f"pc3d {command}") >= 3
     assert command in pc3d("--help").out
+
+
+def test_predicted_codes_are_those_of_the_training_files() -> None:
+    from pc3d.cli.predict import label_codes
+
+    label_map = {9: -1, 6: 2, 2: 0, 5: 1, 3: 1}
+    assert label_codes(torch.tensor([0, 1, 2, -1]), label_map).tolist() == [2, 3, 6, -1]
+    assert label_codes(torch.tensor([0, 1, -1]), None).tolist() == [0, 1, -1]
