@@ -228,7 +228,7 @@ class RunRecord(pl.Callback):
 
 
 def _last_checkpoint(callback: Any) -> str | None:
-    """``last.ckpt`` in a callback's folder; another callback may write it, and testing an older file resets its state."""
+    """``last.ckpt`` in a callback's folder; another callback may write it, and testing an older file resets it."""
     path = Path(getattr(callback, "dirpath", None) or "", "last.ckpt")
     return str(path) if path.is_file() else None
 
