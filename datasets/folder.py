@@ -138,6 +138,8 @@ class FolderDataset(PointDataset):
     def _units(self, split: Split) -> list[Unit]:
         if self._splits is None:
             self._splits = self._split()
+        if split == "train" and not self._splits["train"]:  # fine for a test on other files, an error in training
+            raise InputError(f"{self.root}: nothing left to train on; set 'tile' to cut files, or 'train'")
         return self._splits[split]
 
     def _split(self) -> dict[Split, list[Unit]]:
@@ -162,10 +164,6 @@ class FolderDataset(PointDataset):
                 raise InputError(
                     f"{min(shared).file}: is in the train and the {split} split; make the patterns disjoint"
                 )
-        if not chosen["train"]:
-            raise InputError(
-                f"{self.root}: nothing left to train on (of {len(units)} clouds); set 'tile' to cut files, or 'train'"
-            )
         return chosen
 
     def _files(self) -> list[Path]:

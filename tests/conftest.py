@@ -25,7 +25,7 @@ def data_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
-    """Folder of recorded outputs of published implementations: ``$PC3D_GOLDEN_DIR``, default ``../shared/reference/golden``."""
+    """Outputs recorded from published implementations: ``$PC3D_GOLDEN_DIR``, default ``../shared/reference/golden``."""
     folder = _folder("PC3D_GOLDEN_DIR", "../shared/reference/golden")
     if not folder.is_dir():
         pytest.skip(f"no golden files at {folder} (set PC3D_GOLDEN_DIR)")

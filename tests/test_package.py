@@ -10,7 +10,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-OPTIONAL = ("open3d", "spconv", "mamba_ssm", "torch_scatter", "triton", "laspy", "viser", "matplotlib", "sklearn", "h5py", "pytorch_lightning")
+OPTIONAL = (
+    "open3d",
+    "spconv",
+    "mamba_ssm",
+    "torch_scatter",
+    "triton",
+    "laspy",
+    "viser",
+    "matplotlib",
+    "sklearn",
+    "h5py",
+    "pytorch_lightning",
+)
 
 
 def test_import_needs_only_torch_and_numpy() -> None:

@@ -2,9 +2,10 @@
 
     python tools/baseline.py --config configs/lidarhd/semseg-spunet.yaml --data.root my_tiles
 
-What a deep model has to beat before it is worth its training time. Features of each point: shape of its neighbourhood at
-several sizes (Weinmann et al., "Semantic point cloud interpretation based on optimal neighborhoods, relevant features and
-efficient classifiers", ISPRS 2015), height over the lowest point around it at several radii, and the attributes of the file.
+What a deep model has to beat before it is worth its training time. Features of each point: shape of its neighbourhood
+at several sizes (Weinmann et al., "Semantic point cloud interpretation based on optimal neighborhoods, relevant
+features and efficient classifiers", ISPRS 2015), height over the lowest point around it at several radii, and the
+attributes of the file.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def point_features(cloud: Points, attributes: Sequence[str]) -> np.ndarray:
 
 
 def eigen_features(coord: np.ndarray) -> np.ndarray:
-    """``(N, 11 * scales)``: shape of the ``NEIGHBOURS`` nearest points of each point, by the eigenvalues of their covariance."""
+    """``(N, 11 * scales)``: shape of the nearest points of each point, by the eigenvalues of their covariance."""
     from scipy.spatial import cKDTree
 
     distances, neighbours = cKDTree(coord).query(coord, k=min(max(NEIGHBOURS), len(coord)))

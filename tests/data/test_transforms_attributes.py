@@ -37,6 +37,10 @@ def test_scale_attribute() -> None:
     result = ScaleAttribute("coord", 2.0, output="twice")(points)
     assert torch.equal(result.get("twice"), points.coord * 2)
     assert torch.equal(result.coord, points.coord)
+    limited = ScaleAttribute("intensity", 0.1, minimum=5, maximum=20)(points).get("intensity")
+    assert torch.equal(limited, (torch.arange(500) * 0.1).clamp(5, 20))
+    with pytest.raises(InputError, match="minimum 2 is above maximum 1"):
+        ScaleAttribute("intensity", minimum=2, maximum=1)
 
 
 def landscape(slope: float, size: float = 60.0, n: int = 40_000) -> tuple[Points, torch.Tensor, torch.Tensor]:

@@ -57,21 +57,39 @@ class AssembleFeatures(Transform):
 
 
 class ScaleAttribute(Transform):
-    """``value * scale + offset`` of an attribute as float32.
+    """``value * scale + offset`` of an attribute as float32, limited to ``minimum`` and ``maximum``.
 
     Args:
         name: the attribute (``coord`` included).
+        scale: factor.
+        offset: added after scaling.
+        minimum: smaller results become this; None sets no limit.
+        maximum: larger results become this; None sets no limit.
         output: where the result goes; None replaces the attribute.
     """
 
-    def __init__(self, name: str, scale: float = 1.0, offset: float = 0.0, output: str | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        scale: float = 1.0,
+        offset: float = 0.0,
+        minimum: float | None = None,
+        maximum: float | None = None,
+        output: str | None = None,
+    ) -> None:
+        if minimum is not None and maximum is not None and minimum > maximum:
+            raise InputError(f"ScaleAttribute '{name}': minimum {minimum} is above maximum {maximum}")
         self.name = name
         self.scale = scale
         self.offset = offset
+        self.minimum = minimum
+        self.maximum = maximum
         self.output = output
 
     def __call__(self, points: Points, generator: torch.Generator | None = None) -> Points:
         scaled = points.get(self.name).float() * self.scale + self.offset
+        if self.minimum is not None or self.maximum is not None:
+            scaled = scaled.clamp(self.minimum, self.maximum)
         return points.with_attrs(**{self.output or self.name: scaled})
 
 
