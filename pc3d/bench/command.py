@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from pc3d.bench import conv, kernel_maps, voxelize
+from pc3d.bench import conv, kernel_maps, serialize, voxelize
 from pc3d.bench.clouds import load
 from pc3d.bench.timing import Timing, machine, report, table
 from pc3d.errors import InputError
@@ -21,6 +21,7 @@ LEAST_ROUNDS = 7
 EXAMPLES = """examples:
   tools/bench.py voxelize --threads 1
   tools/bench.py map --size 0.05 scan.ply sweep.bin --json runs/bench/map.json
+  tools/bench.py serialize --size 0.005 --depth 16 --threads 1
   tools/bench.py sparse --size 0.05 --threads 1 scan.ply
 """
 
@@ -46,6 +47,8 @@ def _run(args: argparse.Namespace) -> int:
                 timings += voxelize.bench(points, size, args.rounds)
             elif args.op == "sparse":
                 timings += conv.bench(points, size, args.rounds)
+            elif args.op == "serialize":
+                timings += serialize.bench(points, size, args.depth, args.rounds)
             else:
                 timings += kernel_maps.bench(points, size, args.kernel, args.rounds)
     print(table(timings))
@@ -71,6 +74,11 @@ def _parser() -> argparse.ArgumentParser:
     maps.add_argument("--kernel", type=_odd, default=3, help="edge of the submanifold kernel, odd (default 3)")
     sparse = ops.add_parser("sparse", help="sparse convolutions beside plain torch and spconv's CPU path if installed")
     _add_shared(sparse, points=100_000, sizes=[0.1])
+    curves = ops.add_parser("serialize", help="codes and orders along space-filling curves, levels, reordering")
+    _add_shared(curves, points=1_000_000, sizes=[0.05, 0.005])
+    curves.add_argument(
+        "--depth", type=int, help="bits per axis (default: what the cells need, as published models do)"
+    )
     return parser
 
 

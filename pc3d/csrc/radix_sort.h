@@ -41,9 +41,9 @@ inline int sort_digit_bits(int key_bits, int64_t rows) {
 }
 
 // Stable sort by the low `key_bits` bits of the keys, least significant digit first. Stability fixes the result, so it does
-// not depend on the number of threads.
+// not depend on the number of threads. `other` is as long as `items` and left with anything.
 template <class Item>
-void radix_sort(Buffer<Item> &items, int key_bits, int row_bits) {
+void radix_sort(Buffer<Item> &items, Buffer<Item> &other, int key_bits, int row_bits) {
   const int64_t rows = items.size();
   if (key_bits == 0 || rows < 2) return;
   const int digit_bits = sort_digit_bits(key_bits, rows);
@@ -51,7 +51,6 @@ void radix_sort(Buffer<Item> &items, int key_bits, int row_bits) {
   const uint64_t mask = static_cast<uint64_t>(buckets - 1);
   const int64_t chunks = std::clamp<int64_t>(rows / kSortChunk, 1, num_threads());
   const auto border = [&](int64_t chunk) { return rows * chunk / chunks; };
-  Buffer<Item> other(rows);
   std::vector<int64_t> starts(chunks * buckets);
   for (int shift = 0; shift < key_bits; shift += digit_bits) {
     const auto digit = [&](const Item &item) { return (item.key(row_bits) >> shift) & mask; };
@@ -70,6 +69,13 @@ void radix_sort(Buffer<Item> &items, int key_bits, int row_bits) {
     });
     std::swap(items, other);
   }
+}
+
+template <class Item>
+void radix_sort(Buffer<Item> &items, int key_bits, int row_bits) {
+  if (key_bits == 0 || items.size() < 2) return;
+  Buffer<Item> other(items.size());
+  radix_sort(items, other, key_bits, row_bits);
 }
 
 }  // namespace pc3d
