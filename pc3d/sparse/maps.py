@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -23,7 +23,10 @@ from pc3d.ops.kernel_map import (
     transposed_shape,
     triple,
 )
+from pc3d.ops.order import Order, permute_map
 from pc3d.voxels import Voxels
+
+_NEIGHBOURS: tuple[Triple, Triple] = (3, 3, 3), (1, 1, 1)
 
 
 class Window(NamedTuple):
@@ -90,18 +93,34 @@ def window(
 
 def submanifold(voxels: Voxels, kernel_size: Triple, dilation: Triple) -> KernelMap:
     """Map of a submanifold convolution on this grid."""
-    key = ("submanifold", id(voxels.coord), kernel_size, dilation)
+    key = _submanifold_key(voxels.coord, kernel_size, dilation)
     if key not in voxels.context:
         # The tensor is kept beside the map so that its id stays its own.
         voxels.context[key] = voxels.coord, submanifold_map(voxels.coord, kernel_size, dilation)
     return voxels.context[key][1]
 
 
+def ordered(voxels: Voxels, order: Order, context: dict[Any, Any]) -> tuple[Tensor, Tensor]:
+    """The coordinates of a grid in another order, and the ``(M,)`` int64 row each one had.
+
+    The neighbours an order needs are those of a 3x3x3 layer, so that map is renumbered and kept in ``context``.
+    """
+    if not order.follows_neighbours:
+        rows = order.rows(voxels.coord)
+        return voxels.coord[rows], rows
+    key = _submanifold_key(voxels.coord, *_NEIGHBOURS)
+    kmap = voxels.context[key][1] if key in voxels.context else submanifold_map(voxels.coord, *_NEIGHBOURS)
+    rows = order.rows(voxels.coord, kmap)
+    coord = voxels.coord[rows]
+    context[_submanifold_key(coord, *_NEIGHBOURS)] = coord, permute_map(kmap, rows, rows)
+    return coord, rows
+
+
 def strided(voxels: Voxels, rule: Window) -> Derivation:
     """The coarser grid under a strided kernel; bounded where the grid has a ``spatial_shape``."""
     key = ("strided", id(voxels.coord), rule, voxels.spatial_shape)
     if key not in voxels.context:
-        coord, kmap = strided_map(voxels.coord, *rule, spatial_shape=voxels.spatial_shape)
+        coord, kmap = _in_order(voxels, *strided_map(voxels.coord, *rule, spatial_shape=voxels.spatial_shape))
         shape = None if voxels.spatial_shape is None else output_shape(voxels.spatial_shape, *rule)
         stride = _as_stride(s * w for s, w in zip(triple("stride", voxels.stride), rule.stride, strict=True))
         _remember(voxels, key, Derivation(coord, kmap, rule, stride, shape, _without_features(voxels)))
@@ -121,7 +140,7 @@ def transposed(voxels: Voxels, rule: Window) -> Derivation:
                 f"a transposed convolution of stride {rule.stride} needs a grid whose stride is a multiple of it, "
                 f"this one has stride {voxels.stride}"
             )
-        coord, kmap = transposed_map(voxels.coord, *rule, spatial_shape=voxels.spatial_shape)
+        coord, kmap = _in_order(voxels, *transposed_map(voxels.coord, *rule, spatial_shape=voxels.spatial_shape))
         shape = None if voxels.spatial_shape is None else transposed_shape(voxels.spatial_shape, *rule)
         stride = _as_stride(s // w for s, w in zip(triple("stride", voxels.stride), rule.stride, strict=True))
         _remember(voxels, key, Derivation(coord, kmap, rule, stride, shape, _without_features(voxels)))
@@ -131,6 +150,19 @@ def transposed(voxels: Voxels, rule: Window) -> Derivation:
 def derivation(voxels: Voxels) -> Derivation | None:
     """How this grid was made, or None for an input grid."""
     return voxels.context.get(("derivation", id(voxels.coord)))
+
+
+def _submanifold_key(coord: Tensor, kernel_size: Triple, dilation: Triple) -> tuple[object, ...]:
+    return "submanifold", id(coord), kernel_size, dilation
+
+
+def _in_order(voxels: Voxels, coord: Tensor, kmap: KernelMap) -> tuple[Tensor, KernelMap]:
+    """New voxels in the order of the grid they were made from: an order is run again on every level."""
+    order = voxels.context.get("order")
+    if order is None:
+        return coord, kmap
+    coord, rows = ordered(replace(voxels, coord=coord, feat=voxels.feat[:0]), order, voxels.context)
+    return coord, permute_map(kmap, out_rows=rows)
 
 
 def _remember(voxels: Voxels, key: tuple[object, ...], made: Derivation) -> None:
