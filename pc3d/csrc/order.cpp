@@ -1,16 +1,15 @@
-// Orders of voxels (raster, Morton, Hilbert, SOAR) and the cache misses an order causes.
+// The SOAR order of voxels, and the cache misses an order causes.
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
-#include <array>
 #include <limits>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "array.h"
 #include "module.h"
 #include "parallel.h"
-#include "radix_sort.h"
 
 namespace nb = nanobind;
 
@@ -20,101 +19,7 @@ namespace {
 using Rows = Array<const int32_t, 1>;
 using Borders = Array<const int64_t, 1>;
 
-constexpr int kMostKeyBits = 63;
 constexpr int64_t kBlock = 4096;  // outputs whose neighbour lists are written together, to stay in the cache
-
-enum Curve { kRaster = 0, kMorton = 1, kHilbert = 2 };
-
-// Bits of a 21-bit number moved to every third position.
-uint64_t spread(uint64_t v) {
-  v = (v | v << 32) & 0x001f00000000ffffull;
-  v = (v | v << 16) & 0x001f0000ff0000ffull;
-  v = (v | v << 8) & 0x100f00f00f00f00full;
-  v = (v | v << 4) & 0x10c30c30c30c30c3ull;
-  return (v | v << 2) & 0x1249249249249249ull;
-}
-
-uint64_t interleave(const std::array<uint32_t, 3> &cell) {
-  return spread(cell[0]) << 2 | spread(cell[1]) << 1 | spread(cell[2]);
-}
-
-// Skilling, "Programming the Hilbert curve" (2004): the transposed index of a cell, to be interleaved.
-std::array<uint32_t, 3> hilbert_axes(std::array<uint32_t, 3> x, int bits) {
-  const uint32_t top = bits ? uint32_t{1} << (bits - 1) : 0;
-  for (uint32_t q = top; q > 1; q >>= 1)
-    for (uint32_t &axis : x) {
-      if (axis & q) {
-        x[0] ^= q - 1;
-      } else {
-        const uint32_t exchanged = (x[0] ^ axis) & (q - 1);
-        x[0] ^= exchanged;
-        axis ^= exchanged;
-      }
-    }
-  x[1] ^= x[0];
-  x[2] ^= x[1];
-  uint32_t flips = 0;
-  for (uint32_t q = top; q > 1; q >>= 1)
-    if (x[2] & q) flips ^= q - 1;
-  for (uint32_t &axis : x) axis ^= flips;
-  return x;
-}
-
-template <class Item>
-void sort_rows(Buffer<int64_t> &keys, Buffer<int64_t> &rows, int key_bits, int row_bits) {
-  Buffer<Item> items(keys.size());
-  for (int64_t i = 0; i < keys.size(); ++i) items[i] = Item::make(static_cast<uint64_t>(keys[i]), i, row_bits);
-  radix_sort(items, key_bits, row_bits);
-  for (int64_t i = 0; i < keys.size(); ++i) {
-    keys[i] = static_cast<int64_t>(items[i].key(row_bits));
-    rows[i] = items[i].row(row_bits);
-  }
-}
-
-// Rows along a curve, batch after batch, and their sorted keys; None where a key does not fit one word.
-nb::object curve_order(Array<const int32_t, 2> coord, int curve) {
-  if (coord.shape(1) != 4) throw std::invalid_argument("coord must be (M, 4)");
-  if (curve < kRaster || curve > kHilbert) throw std::invalid_argument("curve must be 0, 1 or 2");
-  const int64_t count = static_cast<int64_t>(coord.shape(0));
-  if (count == 0) return nb::none();
-  std::array<int32_t, 4> low, high;
-  std::copy_n(coord.data(), 4, low.begin());
-  high = low;
-  for (int64_t i = 1; i < count; ++i)
-    for (int axis = 0; axis < 4; ++axis) {
-      low[axis] = std::min(low[axis], coord.data()[4 * i + axis]);
-      high[axis] = std::max(high[axis], coord.data()[4 * i + axis]);
-    }
-  uint32_t largest = 0;
-  for (int axis = 1; axis < 4; ++axis)
-    largest = std::max(largest, static_cast<uint32_t>(int64_t{high[axis]} - low[axis]));
-  const int bits = bit_length(largest), key_bits = 3 * bits + bit_length(static_cast<uint64_t>(int64_t{high[0]} - low[0]));
-  if (key_bits > kMostKeyBits || bits > 21) return nb::none();
-  Buffer<int64_t> keys(count), rows(count);
-  {
-    nb::gil_scoped_release release;
-    parallel_tasks((count + kBlock - 1) / kBlock, [&](int64_t block) {
-      for (int64_t i = block * kBlock, end = std::min(i + kBlock, count); i < end; ++i) {
-        const int32_t *row = coord.data() + 4 * i;
-        std::array<uint32_t, 3> cell;
-        for (int axis = 0; axis < 3; ++axis)
-          cell[axis] = static_cast<uint32_t>(row[axis + 1]) - static_cast<uint32_t>(low[axis + 1]);
-        uint64_t key;
-        if (curve == kRaster) key = (uint64_t{cell[0]} << bits | cell[1]) << bits | cell[2];
-        else key = interleave(curve == kHilbert ? hilbert_axes(cell, bits) : cell);
-        const uint64_t batch = static_cast<uint64_t>(int64_t{row[0]} - low[0]);
-        keys[i] = static_cast<int64_t>(batch << 3 * bits | key);
-        rows[i] = i;
-      }
-    });
-    if (!std::is_sorted(keys.begin(), keys.end())) {
-      const int row_bits = bit_length(count);
-      if (key_bits + row_bits <= 64) sort_rows<PackedRow>(keys, rows, key_bits, row_bits);
-      else sort_rows<KeyedRow>(keys, rows, key_bits, row_bits);
-    }
-  }
-  return nb::make_tuple(to_torch(std::move(rows)), to_torch(std::move(keys)));
-}
 
 // The inputs of every output, by ascending kernel offset: inputs[starts[v]:starts[v + 1]].
 struct Lists {
@@ -381,8 +286,6 @@ std::vector<int64_t> lru_misses(Rows in_rows, Rows out_rows, Borders offsets, in
 }  // namespace
 
 void register_order(nb::module_ &m) {
-  m.def("curve_order", &curve_order, nb::arg("coord"), nb::arg("curve"),
-        "(rows, keys) along a curve (0 raster, 1 Morton, 2 Hilbert), or None: the reference must decide.");
   m.def("soar_order", &soar_order, nb::arg("in_rows"), nb::arg("out_rows"), nb::arg("offsets"), nb::arg("rows"),
         nb::arg("clouds"), nb::arg("groups"), nb::arg("chunks"), nb::arg("fewest_first"),
         "Rows in SOAR order. `rows`: fresh starts, group after group; `clouds`, `groups`: their borders in `rows`.");

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pc3d.ops.backend import cpu_kernels
 from pc3d.ops.kernel_map import KernelMap, submanifold_map
+from pc3d.ops.serialize import MAX_DEPTH, curve_codes, sort_codes
 
 Curve = Literal["raster", "morton", "hilbert"]
 _CURVES: tuple[Curve, ...] = ("raster", "morton", "hilbert")
@@ -184,27 +185,34 @@ class _Along(NamedTuple):
 def _along(coord: Tensor, curve: Curve) -> _Along:
     if coord.ndim != 2 or coord.shape[1] != 4 or coord.is_floating_point():
         raise ValueError(f"coord must be (M, 4) int32 [batch, x, y, z], got {tuple(coord.shape)} {coord.dtype}")
-    kernels = cpu_kernels(coord)
-    found = None if kernels is None else kernels.curve_order(coord.int().contiguous(), _CURVES.index(curve))
-    if found is not None:
-        rows, keys = found
-        return _Along(rows, [keys])
-    return _along_reference(coord, curve)
-
-
-def _along_reference(coord: Tensor, curve: Curve) -> _Along:
-    """Stable sorts, from the least significant word to the batch number: keys of any width."""
     if len(coord) == 0:
-        return _Along(torch.zeros(0, dtype=torch.int64, device=coord.device), [coord[:, 0].long()])
-    batch, *cell = coord.long().unbind(1)
-    cell = [axis - axis.amin() for axis in cell]
+        return _Along(coord.new_zeros(0, dtype=torch.int64), [coord.new_zeros(0, dtype=torch.int64)])
+    low, high = coord.aminmax(dim=0)
+    clouds, *extent = (high.long() - low).tolist()
+    bits = max(extent).bit_length()
+    batch, cell = (coord.long() - low).split([1, 3], 1)
+    if bits > MAX_DEPTH or 3 * bits + clouds.bit_length() > 63:
+        return _along_wide(batch.squeeze(1), cell, bits, curve)
     if curve == "raster":
-        keys = cell[::-1]
+        x, y, z = cell.unbind(1)
+        place = (x << bits | y) << bits | z
     else:
-        bits = max(int(axis.amax()) for axis in cell).bit_length()
-        axes = _hilbert_axes(cell, bits) if curve == "hilbert" else cell
-        keys = [_interleave(axes, low) for low in range(0, max(bits, 1), _WORD_BITS)]
-    rows = torch.arange(len(coord), device=coord.device)
+        one_cloud = torch.tensor([0, len(coord)], device=coord.device)
+        place = curve_codes(cell, one_cloud, bits, ["z" if curve == "morton" else "hilbert"])[0]
+    keys = batch.squeeze(1) << 3 * bits | place
+    rows = sort_codes(keys)[0]
+    return _Along(rows, [keys[rows]])
+
+
+def _along_wide(batch: Tensor, cell: Tensor, bits: int, curve: Curve) -> _Along:
+    """Keys of any width: stable sorts, from the least significant word to the batch number."""
+    x, y, z = cell.unbind(1)
+    if curve == "raster":
+        keys = [z, y, x]
+    else:
+        axes = _hilbert_axes([x, y, z], bits) if curve == "hilbert" else [x, y, z]
+        keys = [_interleave(axes, low) for low in range(0, bits, _WORD_BITS)]
+    rows = torch.arange(len(cell), device=cell.device)
     for key in (*keys, batch):
         rows = rows[key[rows].argsort(stable=True)]
     return _Along(rows, [key[rows] for key in keys])
