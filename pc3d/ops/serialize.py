@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -210,15 +211,16 @@ def _hilbert_table() -> Tensor:
     """``(48, 512)`` int16: in a state, 9 bits of a z code lead to ``next state << 9 | 9 bits of the Hilbert code``."""
     numbers = _hilbert_states()
     level = [[_descend(state, octant) for octant in range(8)] for state in numbers]
-    below = torch.tensor([[numbers[state] for state, _ in row] for row in level])
-    digits = torch.tensor([[digit for _, digit in row] for row in level])
-    state = torch.arange(len(numbers))[:, None].expand(-1, 1 << _STEP_BITS)
-    codes = torch.zeros_like(state)
+    below = np.array([[numbers[state] for state, _ in row] for row in level])
+    digits = np.array([[digit for _, digit in row] for row in level])
+    z_codes = np.arange(1 << _STEP_BITS)
+    state = np.arange(len(numbers))[:, None]
+    codes = np.zeros_like(state)
     for shift in reversed(range(0, _STEP_BITS, 3)):
-        octant = torch.arange(1 << _STEP_BITS) >> shift & 7
+        octant = z_codes >> shift & 7
         codes = codes << 3 | digits[state, octant]
         state = below[state, octant]
-    return (state << _STEP_BITS | codes).to(torch.int16)
+    return torch.from_numpy((state << _STEP_BITS | codes).astype(np.int16))
 
 
 @cache

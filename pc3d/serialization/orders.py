@@ -106,7 +106,7 @@ class Serialization:
 
     def shuffled(self, generator: torch.Generator | None = None) -> Serialization:
         """The orders in a random order, drawn from a CPU generator (None: torch's default one)."""
-        return self.permuted(torch.randperm(len(self), generator=generator).tolist())
+        return self.permuted(torch.randperm(len(self), generator=generator, device="cpu").tolist())
 
     def pooled(self, levels: int = 1) -> tuple[Serialization, Pooling]:
         """Merge the rows that share a cell ``2**levels`` times as wide, without encoding anything again.
