@@ -1,10 +1,14 @@
-"""Layers on sparse voxels: convolutions, pooling and the kernel maps they share."""
+"""Layers on sparse voxels: convolutions, pooling, the kernel maps they share and the order voxels lie in."""
 
 from pc3d.sparse.conv import SparseConv3d, SparseConvolution, SparseConvTranspose3d, SparseInverseConv3d, SubMConv3d
 from pc3d.sparse.modules import SparseModule, SparseSequential
+from pc3d.sparse.order import BlockSoarOrder, CurveOrder, SoarOrder, apply_in_order, reorder
 from pc3d.sparse.pool import SparseAvgPool3d, SparseGlobalPool, SparseMaxPool3d
 
 __all__ = [
+    "BlockSoarOrder",
+    "CurveOrder",
+    "SoarOrder",
     "SparseAvgPool3d",
     "SparseConv3d",
     "SparseConvTranspose3d",
@@ -15,4 +19,6 @@ __all__ = [
     "SparseModule",
     "SparseSequential",
     "SubMConv3d",
+    "apply_in_order",
+    "reorder",
 ]

@@ -16,9 +16,8 @@ from pc3d.errors import InputError
 from pc3d.ops.backend import cpu_kernels, use_backend
 from pc3d.ops.kernel_map import KernelMap, strided_map, submanifold_map
 from pc3d.ops.order import BlockSoarOrder, CurveOrder, Order, SoarOrder, inverse_permutation, lru_misses, permute_map
-from pc3d.sparse import SparseConv3d, SparseInverseConv3d, SubMConv3d
+from pc3d.sparse import SparseConv3d, SparseInverseConv3d, SubMConv3d, apply_in_order, reorder
 from pc3d.sparse.maps import submanifold
-from pc3d.sparse.order import apply_in_order, reorder
 
 needs_kernels = pytest.mark.skipif(cpu_kernels() is None, reason="C++ kernels are not built")
 
