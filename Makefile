@@ -28,7 +28,7 @@ demo: setup  ## train SparseUNet-small on synthetic rooms, test it, label a clou
 	$(BIN)/python tools/demo.py
 
 test: setup  ## run the tests (slow and GPU tests have their own targets)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: setup  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pc3d.cli.errors import one_line
 from pc3d.cli.parser import Parser
 from pc3d.errors import InputError
 
@@ -103,7 +105,8 @@ def plan_jobs(inputs: Sequence[Path], output: Path, suffix: str | None) -> list[
             jobs.append((source, output if wanted is None else output.with_suffix(wanted)))
             continue
         own = source.suffix.lower()
-        jobs.append((source, output / name.with_suffix(wanted or (own if own in writable else ".ply"))))
+        plain = name.with_name(re.sub(r"\.copc(?=\.laz$)", "", name.name, flags=re.IGNORECASE))  # no octree is written
+        jobs.append((source, output / plain.with_suffix(wanted or (own if own in writable else ".ply"))))
     _check_targets(jobs)
     return jobs
 

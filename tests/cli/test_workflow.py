@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from pc3d.cli.predict import plan_jobs
 from pc3d.io import read, write
 from pc3d.points import Points
 
@@ -145,6 +146,25 @@ def test_a_folder_is_predicted_into_a_folder(checkpoint: Path, cloud: Path, tmp_
     assert outcome.status == 0, outcome.err
     assert sorted(str(p) for p in Path("out").rglob("*.*")) == ["out/north/a.npz", "out/north/b.npz"]
     assert "label" in read("out/north/a.npz")
+
+
+def test_a_bad_file_of_a_folder_does_not_stop_the_others(checkpoint: Path, cloud: Path, tmp_path: Path, pc3d) -> None:
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    (scans / "a.ply").write_bytes(cloud.read_bytes()[:-20])
+    write(scans / "b.ply", read(cloud))
+    outcome = pc3d("predict", scans, "--ckpt", checkpoint, "-o", "out", "--mode", "fast")
+    assert outcome.status == 2
+    assert "1 of 2 clouds could not be labelled" in outcome.err
+    assert "a.ply" in outcome.out
+    assert [path.name for path in Path("out").iterdir()] == ["b.ply"]
+
+
+def test_copc_becomes_plain_laz(tmp_path: Path) -> None:
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    (scans / "a.copc.laz").touch()
+    assert plan_jobs([scans], tmp_path / "out", None) == [(scans / "a.copc.laz", tmp_path / "out" / "a.laz")]
 
 
 def test_las_gets_classification_and_keeps_its_header(data_dir: Path, checkpoint: Path, pc3d) -> None:
