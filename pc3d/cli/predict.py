@@ -40,13 +40,22 @@ def main(arguments: list[str]) -> int:
     task.to(_device(options.device, torch))
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
     console = Console()
+    failed = []
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("predicting", total=len(jobs))
         for source, target in jobs:
             progress.update(bar, description=source.name)
-            line = predict_file(source, target, task, pipeline, card, options)
-            console.print(line, soft_wrap=True, highlight=False)
+            try:
+                line = predict_file(source, target, task, pipeline, card, options)
+            except InputError as error:
+                if len(jobs) == 1:
+                    raise
+                failed.append(source)  # the other files of a folder are not to blame
+                line = f"failed: {one_line(str(error))}"
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
             progress.advance(bar)
+    if failed:
+        raise InputError(f"{len(failed)} of {len(jobs)} clouds could not be labelled, see above (first: {failed[0]})")
     return 0
 
 
