@@ -78,13 +78,19 @@ def fit_and_test(experiment: Experiment, arguments: list[str]) -> int:
         if not experiment.run.resumed and not any((folder / CHECKPOINTS).glob("*.ckpt")):
             shutil.rmtree(folder, ignore_errors=True)  # a new folder, and nothing in it that anyone could use
         raise
-    best = folder / CHECKPOINTS / "best.ckpt"
     if experiment.config["test"] and not experiment.config["trainer"]["fast_dev_run"]:
-        trainer.test(
-            model, datamodule=experiment.datamodule, ckpt_path=str(best) if best.is_file() else None, verbose=False
-        )
+        _test_best(experiment)
     _report(folder)
     return 0
+
+
+def _test_best(experiment: Experiment) -> None:
+    if not experiment.datamodule.dataset.size("test"):
+        print("no test clouds: not tested")
+        return
+    best = experiment.run.folder / CHECKPOINTS / "best.ckpt"
+    weights = str(best) if best.is_file() else None
+    experiment.trainer.test(experiment.model, datamodule=experiment.datamodule, ckpt_path=weights, verbose=False)
 
 
 def _how_to_resume(arguments: list[str], folder: Path) -> str:

@@ -39,6 +39,14 @@ def test_a_run_leaves_everything_in_its_folder(trained: Path) -> None:
     assert sum(bool(row["val/mIoU"]) for row in rows) == 2
 
 
+def test_a_run_without_validation_and_test_clouds_ends_well(pc3d) -> None:
+    rooms = ["--data.dataset.init_args.val_rooms", "0", "--data.dataset.init_args.test_rooms", "0"]
+    outcome = pc3d("train", "--config", TINY, "--run_dir", "run", "--trainer.max_epochs", "1", *rooms)
+    assert outcome.status == 0, outcome.err
+    assert "no test clouds" in outcome.out
+    assert [path.name for path in Path("run/checkpoints").iterdir()] == ["last.ckpt"]
+
+
 def test_the_saved_config_repeats_the_run(trained: Path, pc3d) -> None:
     config = yaml.safe_load((trained / "config.yaml").read_text())
     assert not {"ckpt_path", "init_from", "run_dir", "config"} & set(config)
