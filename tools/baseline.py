@@ -22,6 +22,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from pc3d import InputError, Points
 from pc3d.cli import errors
 from pc3d.data.module import PointDataModule

@@ -14,6 +14,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from pc3d.cli import main as pc3d
 from pc3d.cli.runs import free_folder
 from pc3d.datasets import SyntheticRooms

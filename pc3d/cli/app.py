@@ -90,5 +90,6 @@ def _quiet() -> None:
         ".*args parameter is intended to run from within Python.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*LeafSpec.*",
+        ".*across ranks is zero.*",  # training without validation clouds
     ):
         warnings.filterwarnings("ignore", message=text)
