@@ -2,5 +2,6 @@
 
 from pc3d.models.convert.kernels import KernelLayout
 from pc3d.models.convert.sparse_unet import export_sparse_unet, import_sparse_unet
+from pc3d.models.convert.state_dict import convert_state_dict
 
-__all__ = ["KernelLayout", "export_sparse_unet", "import_sparse_unet"]
+__all__ = ["KernelLayout", "convert_state_dict", "export_sparse_unet", "import_sparse_unet"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pc3d.errors import InputError
 from pc3d.models.backbones.sparse_unet import SparseUNet
 from pc3d.models.convert.kernels import KernelLayout, detect_layout, read_kernel, stored_shape, write_kernel
+from pc3d.models.convert.state_dict import listing
 from pc3d.sparse import SparseConvolution, SubMConv3d
 
 
@@ -40,7 +41,7 @@ def import_sparse_unet(
     if head is None:
         stored = {name: value for name, value in stored.items() if not name.startswith("final.")}
     own, convs = _own_state(backbone, head)
-    problems = _listing("missing", own.keys() - stored.keys()) + _listing("unexpected", stored.keys() - own.keys())
+    problems = listing("missing", own.keys() - stored.keys()) + listing("unexpected", stored.keys() - own.keys())
     convs = {name: conv for name, conv in convs.items() if name in stored}
     layout = layout or detect_layout(stored, convs)
 
@@ -49,7 +50,7 @@ def import_sparse_unet(
         expected = stored_shape(convs[name], layout) if name in convs else tuple(own[name].shape)
         if tuple(stored[name].shape) != expected:
             wrong.append(f"{name} {tuple(stored[name].shape)} instead of {expected}")
-    problems += _listing("of another shape", wrong)
+    problems += listing("of another shape", wrong)
     if problems:
         raise InputError(
             f"checkpoint: does not fit this SparseUNet: {'; '.join(problems)}; "
@@ -93,11 +94,3 @@ def _own_state(backbone: SparseUNet, head: nn.Linear | None) -> tuple[dict[str, 
         if head.bias is not None:
             own["final.bias"] = head.bias.detach()
     return own, convs
-
-
-def _listing(what: str, items: Sequence[str] | set[str], shown: int = 4) -> list[str]:
-    names = sorted(items)
-    if not names:
-        return []
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return [f"{len(names)} {what} ({', '.join(names[:shown])}{more})"]

@@ -199,6 +199,57 @@ def transposed_shape(
     return x, y, z
 
 
+def union(coords: Sequence[Tensor]) -> Tensor:
+    """Voxels of several sets: those of the first in their order, then the others sorted by (batch, x, y, z).
+
+    Args:
+        coords: sets of ``(M, 4)`` int32 rows ``[batch, x, y, z]``, each without duplicates.
+
+    Returns:
+        ``(M, 4)`` int32; the very tensor ``coords[0]`` where the others add nothing.
+
+    Raises:
+        InputError: as :func:`submanifold_map`.
+    """
+    packing = _Packing.of(torch.cat(list(coords)))
+    keys = [packing.pack(coord) for coord in coords]
+    ordered = [_sort_unique(key, coord) for key, coord in zip(keys, coords, strict=True)]
+    others = torch.cat(keys[1:]).unique() if len(keys) > 1 else keys[0][:0]
+    added = others[_find(*ordered[0], others) < 0]
+    return torch.cat([coords[0], packing.unpack(added)]) if len(added) else coords[0]
+
+
+def locate(coord: Tensor, wanted: Tensor) -> Tensor:
+    """``(W,)`` int64: the row of ``coord`` where each voxel of ``wanted`` lies, -1 where it is absent.
+
+    Args:
+        coord: ``(M, 4)`` int32 rows ``[batch, x, y, z]``, unique.
+        wanted: ``(W, 4)`` int32.
+
+    Raises:
+        InputError: as :func:`submanifold_map`.
+    """
+    packing = _Packing.of(torch.cat([coord, wanted]))
+    return _find(*_sort_unique(packing.pack(coord), coord), packing.pack(wanted))
+
+
+def restrict(kmap: KernelMap, out_rows: Tensor, num_out: int) -> KernelMap:
+    """The map to a part of its outputs, or to other rows.
+
+    Args:
+        kmap: map to ``kmap.num_out`` outputs.
+        out_rows: ``(kmap.num_out,)`` int64, the new row of each output, -1 to drop it; no row twice.
+        num_out: number of new rows.
+    """
+    rows = out_rows[kmap.out_rows.long()]
+    kept = rows >= 0
+    counts = torch.cat([kept.new_zeros(1, dtype=torch.int64), kept.cumsum(0)]).cpu()
+    offsets = counts[kmap.offsets]
+    order = _order_by_offset_and_row(rows[kept], offsets, num_out)
+    in_rows, rows = kmap.in_rows[kept][order], rows[kept][order].to(torch.int32)
+    return KernelMap(in_rows, rows, offsets, kmap.num_in, num_out)
+
+
 @dataclass(frozen=True)
 class _Packing:
     """Coordinates as one int64 key in raster order: mixed radix over the extent of the grid plus a margin.

@@ -111,11 +111,16 @@ class SparseConv3d(_WindowedConvolution):
 class SparseConvTranspose3d(_WindowedConvolution):
     """Generative transposed convolution: ``out[i * stride - padding + k * dilation] += W_k^T in[i]``, plus bias.
 
-    Makes every voxel it reaches. To go back to the voxels a strided convolution came from, use
-    :class:`SparseInverseConv3d`.
+    Makes every voxel it reaches; with ``target``, a finer grid, it fills the voxels of that grid instead, wherever they
+    come from. To go back to the very voxels a strided convolution came from, use :class:`SparseInverseConv3d`.
+
+    Raises:
+        ValueError: if the stride of the grid, or of ``target``, does not fit this layer's.
     """
 
-    def forward(self, voxels: Voxels) -> Voxels:
+    def forward(self, voxels: Voxels, target: Voxels | None = None) -> Voxels:
+        if target is not None:
+            return target.with_feat(self.convolve(voxels.feat, maps.transposed_onto(voxels, self.window, target)))
         made = maps.transposed(voxels, self.window)
         return made.grid(voxels, self.convolve(voxels.feat, made.kernel_map))
 

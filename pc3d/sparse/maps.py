@@ -11,12 +11,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from pc3d.ops.kernel_map import (
     KernelMap,
     Triple,
+    locate,
     output_shape,
+    restrict,
     strided_map,
     submanifold_map,
     transposed_map,
@@ -135,16 +138,43 @@ def transposed(voxels: Voxels, rule: Window) -> Derivation:
     """
     key = ("transposed", id(voxels.coord), rule, voxels.spatial_shape)
     if key not in voxels.context:
-        if any(s % w for s, w in zip(triple("stride", voxels.stride), rule.stride, strict=True)):
-            raise ValueError(
-                f"a transposed convolution of stride {rule.stride} needs a grid whose stride is a multiple of it, "
-                f"this one has stride {voxels.stride}"
-            )
+        stride = _finer_stride(voxels, rule)
         coord, kmap = _in_order(voxels, *transposed_map(voxels.coord, *rule, spatial_shape=voxels.spatial_shape))
         shape = None if voxels.spatial_shape is None else transposed_shape(voxels.spatial_shape, *rule)
-        stride = _as_stride(s // w for s, w in zip(triple("stride", voxels.stride), rule.stride, strict=True))
         _remember(voxels, key, Derivation(coord, kmap, rule, stride, shape, _without_features(voxels)))
     return voxels.context[key]
+
+
+def transposed_onto(voxels: Voxels, rule: Window, target: Voxels) -> KernelMap:
+    """Map of a transposed kernel to the voxels of a grid that exists already; what it reaches beyond them is dropped.
+
+    Raises:
+        ValueError: if the stride of ``target`` is not the one the kernel leads to, or the batch sizes differ.
+    """
+    key = ("transposed onto", id(voxels.coord), rule, id(target.coord))
+    if key not in voxels.context:
+        finer = _finer_stride(voxels, rule)
+        if triple("stride", target.stride) != triple("stride", finer) or target.batch_size != voxels.batch_size:
+            raise ValueError(
+                f"a transposed convolution of stride {rule.stride} on {voxels.batch_size} clouds of stride "
+                f"{voxels.stride} leads to stride {finer}; the target has {target.batch_size} clouds of stride "
+                f"{target.stride}"
+            )
+        coord, kmap = transposed_map(voxels.coord, *rule)
+        # The tensors are kept beside the map so that their ids stay their own.
+        onto = restrict(kmap, locate(target.coord, coord), len(target))
+        voxels.context[key] = onto, voxels.coord, target.coord
+    return voxels.context[key][0]
+
+
+def derive_subset(voxels: Voxels, coord: Tensor, keep: Tensor) -> None:
+    """Remember that the rows ``keep`` ``(M,)`` bool of a grid, ``coord``, were made as the grid itself was."""
+    made = derivation(voxels)
+    if made is None:
+        return
+    rows = torch.where(keep, keep.cumsum(0) - 1, -1)
+    subset = replace(made, coord=coord, kernel_map=restrict(made.kernel_map, rows, len(coord)))
+    voxels.context["derivation", id(coord)] = subset
 
 
 def derivation(voxels: Voxels) -> Derivation | None:
@@ -172,6 +202,16 @@ def _remember(voxels: Voxels, key: tuple[object, ...], made: Derivation) -> None
 
 def _without_features(voxels: Voxels) -> Voxels:
     return replace(voxels, feat=voxels.feat.new_empty(len(voxels), 0), context={})
+
+
+def _finer_stride(voxels: Voxels, rule: Window) -> int | Triple:
+    strides = list(zip(triple("stride", voxels.stride), rule.stride, strict=True))
+    if any(s % w for s, w in strides):
+        raise ValueError(
+            f"a transposed convolution of stride {rule.stride} needs a grid whose stride is a multiple of it, "
+            f"this one has stride {voxels.stride}"
+        )
+    return _as_stride(s // w for s, w in strides)
 
 
 def _as_stride(factors: Iterable[int]) -> int | Triple:

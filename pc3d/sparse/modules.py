@@ -26,3 +26,15 @@ class SparseSequential(nn.Sequential, SparseModule):
         for layer in self:
             voxels = layer(voxels) if isinstance(layer, SparseModule) else voxels.with_feat(layer(voxels.feat))
         return voxels
+
+
+class FeatureWise(SparseModule):
+    """An ordinary layer (norm, activation, dropout, linear) on the ``(M, C)`` features, for use outside a
+    :class:`SparseSequential`, which needs no wrapper."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, voxels: Voxels) -> Voxels:
+        return voxels.with_feat(self.layer(voxels.feat))

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from pc3d import InputError, Voxels
+from pc3d import Voxels
 from pc3d.ops.backend import use_backend
 from pc3d.sparse import (
     SparseConv3d,
@@ -165,23 +165,6 @@ def test_a_thinned_grid_gets_its_own_map() -> None:
     thin = Voxels(voxels.coord[:10], voxels.feat[:10], 1, context=voxels.context)
     fresh = Voxels(voxels.coord[:10], voxels.feat[:10], 1)
     assert_close(layer(thin).feat, layer(fresh).feat)
-
-
-def test_misuse_is_refused() -> None:
-    voxels = random_grid([20], 2, dtype=torch.float32)
-    with pytest.raises(ValueError, match="no strided layer made"):
-        SparseInverseConv3d(2, 2, 2)(voxels)
-    coarse = SparseConv3d(2, 2, 2, stride=2)(voxels)
-    with pytest.raises(ValueError, match=r"kernel \(3, 3, 3\) on a grid made with kernel \(2, 2, 2\)"):
-        SparseInverseConv3d(2, 2, 3)(coarse)
-    with pytest.raises(ValueError, match="stride is a multiple"):
-        SparseConvTranspose3d(2, 2, 3, stride=3)(coarse)
-    with pytest.raises(InputError, match="rows repeat"):
-        SubMConv3d(2, 2, 3)(Voxels(voxels.coord[[0, 0]], voxels.feat[:2], 1))
-    with pytest.raises(ValueError, match="does not fit weight"):
-        SubMConv3d(3, 2, 3)(voxels)
-    with pytest.raises(ValueError, match="kernel_size"):
-        SubMConv3d(2, 2, 0)(voxels)
 
 
 @pytest.mark.parametrize("counts", [[0], [1], [0, 1, 0]])

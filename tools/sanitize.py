@@ -1,0 +1,89 @@
+"""Build the C++ extension with AddressSanitizer and UndefinedBehaviorSanitizer and run the tests that reach it.
+
+``tools/sanitize.py [pytest arguments]``; without arguments the tests of ``tests/ops``, ``tests/sparse`` and
+``tests/serialization``. With ``--valgrind`` as first argument the installed build runs under valgrind instead, which is
+slower by far. Needs g++ or clang++ (``$CXX``), CMake and Ninja. The build lies in ``build/sanitize``; the installed one
+stays as it is.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "sanitize"
+SANITIZERS = "-fsanitize=address,undefined"
+TESTS = ["tests/ops", "tests/sparse", "tests/serialization"]
+_EXTENSION = "PC3D_SANITIZED_EXTENSION"
+
+
+def main(arguments: list[str]) -> int:
+    valgrind = arguments[:1] == ["--valgrind"]
+    arguments = arguments[1:] if valgrind else arguments
+    if not any(Path(argument.split("::")[0]).exists() for argument in arguments):
+        arguments = [*TESTS, *arguments]
+    pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    paths = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "tools"), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": paths, "PYTHONMALLOC": "malloc"}
+    if valgrind:
+        # Python and torch report errors of their own; only blocks and jumps inside the extension count.
+        command = [
+            "valgrind",
+            "--error-exitcode=9",
+            "--undef-value-errors=no",
+            "--soname-synonyms=somalloc=NONE",
+            *pytest,
+        ]
+        return subprocess.call(command, cwd=ROOT, env=environment)
+    environment |= {
+        _EXTENSION: str(build()),
+        # The C++ runtime too: without it the sanitizer cannot intercept the exceptions that bindings throw.
+        "LD_PRELOAD": " ".join(runtime(name) for name in ("libasan.so", "libubsan.so", "libstdc++.so")),
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:detect_odr_violation=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+    }
+    return subprocess.call([*pytest, "-p", "sanitize", "-o", "timeout=0"], cwd=ROOT, env=environment)
+
+
+def build() -> Path:
+    """The extension with the sanitizers compiled in."""
+    nanobind = subprocess.check_output([sys.executable, "-m", "nanobind", "--cmake_dir"], text=True).strip()
+    flags = f"{SANITIZERS} -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
+    settings = {
+        "CMAKE_BUILD_TYPE": "RelWithDebInfo",
+        "CMAKE_CXX_FLAGS": flags,
+        "CMAKE_MODULE_LINKER_FLAGS": SANITIZERS,
+        "Python_EXECUTABLE": sys.executable,
+        "nanobind_DIR": nanobind,
+    }
+    definitions = [f"-D{name}={value}" for name, value in settings.items()]
+    subprocess.check_call(["cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", *definitions])
+    subprocess.check_call(["cmake", "--build", BUILD])
+    return next(BUILD.glob("_C*.so"))
+
+
+def runtime(name: str) -> str:
+    """Path of one of the compiler's own libraries."""
+    return subprocess.check_output([os.environ.get("CXX", "c++"), f"-print-file-name={name}"], text=True).strip()
+
+
+def _use_sanitized_extension(path: str) -> None:
+    import pc3d  # loads torch first, whose OpenMP runtime the extension shares
+
+    spec = importlib.util.spec_from_file_location("pc3d._C", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules["pc3d._C"] = module
+    print(f"pc3d {pc3d.__version__} with {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
+elif _EXTENSION in os.environ:  # loaded as a pytest plugin
+    _use_sanitized_extension(os.environ[_EXTENSION])
