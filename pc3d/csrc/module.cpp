@@ -10,6 +10,7 @@ NB_MODULE(_C, m) {
   pc3d::register_segment(m);
   pc3d::register_lzf(m);
   pc3d::register_order(m);
+  pc3d::register_scan(m);
   pc3d::register_serialize(m);
   pc3d::register_threads(m);
   pc3d::register_voxelize(m);

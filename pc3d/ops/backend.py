@@ -44,6 +44,16 @@ def cpu_kernels(*tensors: torch.Tensor) -> ModuleType | None:
     return kernels
 
 
+def on_cpu_kernels(*tensors: torch.Tensor) -> bool:
+    """Whether the C++ extension will serve ``tensors``; unlike :func:`cpu_kernels`, torch.compile can trace it."""
+    return _choice != "reference" and all(t.device.type == "cpu" for t in tensors) and _is_built()
+
+
+@torch.compiler.assume_constant_result
+def _is_built() -> bool:
+    return _load() is not None
+
+
 @contextlib.contextmanager
 def use_backend(choice: Backend) -> Iterator[None]:
     """Inside a block, use the plain-PyTorch reference of every op (``"reference"``) or the fastest one (``"auto"``)."""
