@@ -181,7 +181,9 @@ def test_gradcheck_in_double(case: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_inputs_are_computed_in_float(dtype: torch.dtype) -> None:
     halves = _inputs([40, 30], dtype)
-    wide = {k: v.detach().float() if isinstance(v, Tensor) and k != "offsets" else v for k, v in halves.items()}
+    wide: dict[str, Any] = {
+        k: v.detach().float() if isinstance(v, Tensor) and k != "offsets" else v for k, v in halves.items()
+    }
     y, last = selective_scan(**halves)
     expected = selective_scan(**wide)
     assert y.dtype == dtype
@@ -265,7 +267,7 @@ def test_causal_convolution_equals_torch(counts: list[int], width: int, silu: bo
         parts.append(y.flip(0) if reverse else y)
     expected = torch.cat(parts)
     expected = F.silu(expected) if silu else expected
-    actual = causal_conv1d(*leaves, offsets, silu, reverse)
+    actual = causal_conv1d(*leaves, offsets, silu, reverse)  # type: ignore[call-arg, arg-type]
     torch.testing.assert_close(actual, expected)
     upstream = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
     for a, e in zip(*(torch.autograd.grad(y, leaves, upstream, allow_unused=True, materialize_grads=True)
