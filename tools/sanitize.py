@@ -1,9 +1,7 @@
 """Build the C++ extension with AddressSanitizer and UndefinedBehaviorSanitizer and run the tests that reach it.
 
-``tools/sanitize.py [pytest arguments]``; without arguments the tests of ``tests/ops``, ``tests/sparse`` and
-``tests/serialization``. With ``--valgrind`` as first argument the installed build runs under valgrind instead, which is
-slower by far. Needs g++ or clang++ (``$CXX``), CMake and Ninja. The build lies in ``build/sanitize``; the installed one
-stays as it is.
+``tools/sanitize.py [pytest arguments]``; without a path the tests listed in ``TESTS``. Needs g++ or clang++ (``$CXX``),
+CMake and Ninja. The build lies in ``build/sanitize``; the installed one stays as it is.
 """
 
 from __future__ import annotations
@@ -17,28 +15,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "sanitize"
 SANITIZERS = "-fsanitize=address,undefined"
-TESTS = ["tests/ops", "tests/sparse", "tests/serialization"]
+TESTS = ["tests/ops", "tests/sparse", "tests/serialization", "tests/io/test_lzf.py", "tests/io/test_pcd.py"]
 _EXTENSION = "PC3D_SANITIZED_EXTENSION"
 
 
 def main(arguments: list[str]) -> int:
-    valgrind = arguments[:1] == ["--valgrind"]
-    arguments = arguments[1:] if valgrind else arguments
     if not any(Path(argument.split("::")[0]).exists() for argument in arguments):
         arguments = [*TESTS, *arguments]
-    pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    # Python's output is captured, the sanitizers' reports are not.
+    pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--capture=sys", *arguments]
     paths = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "tools"), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": paths, "PYTHONMALLOC": "malloc"}
-    if valgrind:
-        # Python and torch report errors of their own; only blocks and jumps inside the extension count.
-        command = [
-            "valgrind",
-            "--error-exitcode=9",
-            "--undef-value-errors=no",
-            "--soname-synonyms=somalloc=NONE",
-            *pytest,
-        ]
-        return subprocess.call(command, cwd=ROOT, env=environment)
     environment |= {
         _EXTENSION: str(build()),
         # The C++ runtime too: without it the sanitizer cannot intercept the exceptions that bindings throw.
