@@ -1,5 +1,18 @@
 """Layers and contracts shared by models."""
 
+from pc3d.nn.attention import RelativePositionBias, Windows, split_windows, window_attention
 from pc3d.nn.backbone import Backbone, FeatureInfo
+from pc3d.nn.rope import Rotation, rotary_frequencies, rotate, rotation
 
-__all__ = ["Backbone", "FeatureInfo"]
+__all__ = [
+    "Backbone",
+    "FeatureInfo",
+    "RelativePositionBias",
+    "Rotation",
+    "Windows",
+    "rotary_frequencies",
+    "rotate",
+    "rotation",
+    "split_windows",
+    "window_attention",
+]
