@@ -9,6 +9,7 @@ NB_MODULE(_C, m) {
   pc3d::register_kernel_map(m);
   pc3d::register_segment(m);
   pc3d::register_lzf(m);
+  pc3d::register_neighbours(m);
   pc3d::register_order(m);
   pc3d::register_scan(m);
   pc3d::register_serialize(m);

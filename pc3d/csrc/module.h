@@ -6,6 +6,7 @@ void register_conv(nanobind::module_ &m);
 void register_kernel_map(nanobind::module_ &m);
 void register_scan(nanobind::module_ &m);
 void register_segment(nanobind::module_ &m);
+void register_neighbours(nanobind::module_ &m);
 void register_lzf(nanobind::module_ &m);
 void register_order(nanobind::module_ &m);
 void register_serialize(nanobind::module_ &m);

@@ -142,7 +142,8 @@ def test_chain_of_blocks(golden_dir: Path, backend: str) -> None:
     blocks = nn.ModuleList(MambaBlock(width, Mamba(width, state)) for _ in range(golden.meta["n"]))
     blocks.load_state_dict(golden.group("state/"), strict=True)
     x = golden.arrays["in/x"]
-    hidden, residual = _rows(x), None
+    hidden: Tensor = _rows(x)
+    residual: Any = None
     with use_backend(backend):  # type: ignore[arg-type]
         for i, block in enumerate(blocks):
             hidden, residual = block(hidden, residual, _offsets(x))

@@ -1,0 +1,112 @@
+"""Nearest neighbours and farthest point sampling in packed clouds; exact, the same on every device.
+
+Squared distances are ``(dx*dx + dy*dy) + dz*dz`` in float32, ties go to the smaller row.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+from pc3d.ops.backend import cpu_kernels
+
+_REFERENCE_PAIRS = 1 << 24  # distances the reference holds at a time
+
+
+def knn(
+    query: Tensor, query_offsets: Tensor, coord: Tensor, offsets: Tensor, k: int, radius: float = math.inf
+) -> tuple[Tensor, Tensor]:
+    """The k nearest points of the same cloud, for every query point; not differentiable.
+
+    Args:
+        query: ``(Q, 3)`` float32, any points; ``query_offsets (S + 1,)`` int64 their clouds.
+        coord: ``(N, 3)`` float32; ``offsets (S + 1,)`` int64 their clouds.
+        k: neighbours, at least 1. A point that is also a query finds itself first.
+        radius: neighbours farther than this are left out.
+
+    Returns:
+        Rows of ``coord``, ``(Q, k)`` int64 ascending by distance, and the squared distances ``(Q, k)`` float32.
+        Where a cloud has fewer points: -1 and infinity.
+
+    Raises:
+        ValueError: if ``k`` is not positive, shapes do not fit, or a coordinate is not finite.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    if len(query_offsets) != len(offsets):
+        raise ValueError(f"queries have {len(query_offsets) - 1} clouds, points {len(offsets) - 1}")
+    query, coord = _plain("query", query), _plain("coord", coord)
+    limit = radius * radius
+    rows = torch.full((len(query), k), -1, dtype=torch.int64, device=query.device)
+    distances = torch.full((len(query), k), math.inf, device=query.device)
+    kernels = cpu_kernels(query, coord)
+    if kernels is not None:
+        kernels.knn(query, query_offsets.contiguous(), coord, offsets.contiguous(), limit, rows, distances)
+        return rows, distances
+    clouds = zip(itertools.pairwise(query_offsets.tolist()), itertools.pairwise(offsets.tolist()), strict=True)
+    for (begin, end), (first, last) in clouds:
+        if first == last:
+            continue
+        for some in torch.arange(begin, end, device=query.device).split(max(_REFERENCE_PAIRS // (last - first), 1)):
+            found, order = _squared_distances(query[some], coord[first:last]).sort(dim=1, stable=True)
+            found, order = found[:, :k], order[:, :k]
+            width = found.shape[1]
+            distances[some, :width] = found.masked_fill(found > limit, math.inf)
+            rows[some, :width] = (order + first).masked_fill(found > limit, -1)
+    return rows, distances
+
+
+def farthest_points(coord: Tensor, offsets: Tensor, sampled: Tensor, starts: Tensor | None = None) -> Tensor:
+    """Farthest point sampling: each point taken is the farthest from those taken before it, in its cloud.
+
+    Args:
+        coord: ``(N, 3)`` float32; ``offsets (S + 1,)`` int64 their clouds.
+        sampled: ``(S + 1,)`` int64, offsets of the points to take: ``sampled[s + 1] - sampled[s]`` of cloud s.
+        starts: ``(S,)`` int64, the first point of each cloud, counted from its first row; 0 by default.
+
+    Returns:
+        ``(sampled[-1],)`` int64 rows of ``coord`` in the order they were taken.
+
+    Raises:
+        ValueError: if a cloud has fewer points than are asked for, or a coordinate is not finite.
+    """
+    coord = _plain("coord", coord)
+    counts, sizes = sampled.diff(), offsets.diff()
+    if len(sampled) != len(offsets) or bool((counts > sizes).any()) or bool((counts < 0).any()):
+        raise ValueError(f"cannot take {counts.tolist()[:8]} points of clouds of {sizes.tolist()[:8]}")
+    if starts is None:
+        starts = torch.zeros_like(sizes)
+    out = torch.empty(int(sampled[-1]), dtype=torch.int64, device=coord.device)
+    kernels = cpu_kernels(coord)
+    if kernels is not None:
+        kernels.farthest_points(coord, offsets.contiguous(), sampled.contiguous(), starts.contiguous(), out)
+        return out
+    clouds = zip(
+        itertools.pairwise(offsets.tolist()), itertools.pairwise(sampled.tolist()), starts.tolist(), strict=True
+    )
+    for (first, last), (begin, end), start in clouds:
+        points = coord[first:last]
+        chosen = torch.tensor(start, device=coord.device)
+        distance = torch.full((len(points),), math.inf, device=coord.device)
+        for i in range(begin, end):
+            out[i] = chosen + first
+            distance = torch.minimum(distance, _squared_distances(points[chosen][None], points)[0])
+            chosen = (distance == distance.max()).nonzero()[0, 0]
+    return out
+
+
+def _plain(name: str, coord: Tensor) -> Tensor:
+    if coord.ndim != 2 or coord.shape[1] != 3 or coord.dtype != torch.float32:
+        raise ValueError(f"{name} must be (N, 3) float32, got {tuple(coord.shape)} {coord.dtype}")
+    if not bool(coord.isfinite().all()):
+        raise ValueError(f"{name} has coordinates that are not finite")
+    return coord.detach().contiguous()
+
+
+def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """``(A, B)`` from ``(A, 3)`` and ``(B, 3)``."""
+    dx, dy, dz = (a[:, None, axis] - b[None, :, axis] for axis in range(3))
+    return (dx * dx + dy * dy) + dz * dz

@@ -1,0 +1,99 @@
+"""Nearest neighbours and farthest point sampling, kernels against the reference, bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from pc3d.ops.backend import use_backend
+from pc3d.ops.neighbours import farthest_points, knn
+
+COUNTS = [300, 0, 1, 17, 40]
+
+
+def _offsets(counts: list[int]) -> Tensor:
+    return torch.tensor([0, *counts]).cumsum(0)
+
+
+def _clouds(kind: str, counts: list[int], seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(counts)
+    points = torch.randn(total, 3, generator=generator)
+    return {
+        "random": points,
+        "grid": torch.randint(0, 4, (total, 3), generator=generator).float(),  # many ties and duplicates
+        "equal": torch.ones(total, 3),
+        "plane": points * torch.tensor([1.0, 1.0, 0.0]),
+        "far": points * 1e-3 + 1e6,
+        "wide": points * 1e12,
+    }[kind]
+
+
+KINDS = ["random", "grid", "equal", "plane", "far", "wide"]
+
+
+@pytest.mark.parametrize("radius", [math.inf, 0.7])
+@pytest.mark.parametrize("k", [1, 3, 20, 64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_knn_equals_sorting_all_distances(kind: str, k: int, radius: float) -> None:
+    coord, offsets = _clouds(kind, COUNTS), _offsets(COUNTS)
+    counts = [50, 9, 4, 0, 60]
+    query, query_offsets = _clouds(kind, counts, seed=1), _offsets(counts)
+    with use_backend("reference"):
+        expected = knn(query, query_offsets, coord, offsets, k, radius)
+    rows, distances = knn(query, query_offsets, coord, offsets, k, radius)
+    assert torch.equal(distances, expected[1])
+    assert torch.equal(rows, expected[0])
+    for q, (begin, end) in enumerate(itertools.pairwise(query_offsets.tolist())):
+        inside = rows[begin:end][rows[begin:end] >= 0]
+        assert bool(((inside >= offsets[q]) & (inside < offsets[q + 1])).all())
+
+
+def test_points_find_themselves_first() -> None:
+    coord, offsets = _clouds("random", COUNTS), _offsets(COUNTS)
+    rows, distances = knn(coord, offsets, coord, offsets, 2)
+    assert torch.equal(rows[:, 0], torch.arange(len(coord)))
+    assert not distances[:, 0].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_farthest_points_equal_the_reference(kind: str) -> None:
+    coord, offsets = _clouds(kind, COUNTS), _offsets(COUNTS)
+    sampled = _offsets([75, 0, 1, 17, 0])
+    starts = torch.tensor([5, 0, 0, 16, 0])
+    with use_backend("reference"):
+        expected = farthest_points(coord, offsets, sampled, starts)
+    assert torch.equal(farthest_points(coord, offsets, sampled, starts), expected)
+    assert expected[0] == 5
+
+
+def test_the_same_rows_for_any_number_of_threads() -> None:
+    counts = [2000, 900, 10]
+    coord, offsets, before = _clouds("random", counts), _offsets(counts), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            sampled = farthest_points(coord, offsets, _offsets([200, 90, 5]))
+            found.append([*knn(coord, offsets, coord, offsets, 8), sampled])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+def test_bad_input() -> None:
+    coord, offsets = torch.zeros(4, 3), _offsets([4])
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        knn(coord, offsets, coord, offsets, 0)
+    with pytest.raises(ValueError, match="not finite"):
+        knn(coord, offsets, coord / 0, offsets, 1)
+    with pytest.raises(ValueError, match="float32"):
+        knn(coord.double(), offsets, coord, offsets, 1)
+    with pytest.raises(ValueError, match="2 clouds, points 1"):
+        knn(coord, _offsets([2, 2]), coord, offsets, 1)
+    with pytest.raises(ValueError, match=r"cannot take \[5\] points of clouds of \[4\]"):
+        farthest_points(coord, offsets, _offsets([5]))
