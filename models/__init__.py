@@ -1,5 +1,8 @@
 """Models, one architecture per file (``backbones/``, ``heads/``); importers of published weights in ``convert/``."""
 
+from pc3d.models.backbones.ptv3 import PTv3
+from pc3d.models.backbones.sonata import Sonata
 from pc3d.models.backbones.sparse_unet import SparseUNet
+from pc3d.models.backbones.utonia import Utonia
 
-__all__ = ["SparseUNet"]
+__all__ = ["PTv3", "Sonata", "SparseUNet", "Utonia"]

@@ -1,7 +1,15 @@
 """Published weights of other code bases to and from the models of this package."""
 
 from pc3d.models.convert.kernels import KernelLayout
+from pc3d.models.convert.pointcept import export_pointcept, import_pointcept
 from pc3d.models.convert.sparse_unet import export_sparse_unet, import_sparse_unet
 from pc3d.models.convert.state_dict import convert_state_dict
 
-__all__ = ["KernelLayout", "convert_state_dict", "export_sparse_unet", "import_sparse_unet"]
+__all__ = [
+    "KernelLayout",
+    "convert_state_dict",
+    "export_pointcept",
+    "export_sparse_unet",
+    "import_pointcept",
+    "import_sparse_unet",
+]

@@ -247,7 +247,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, windows: Windows, bias: WindowBias | 
         slots = len(windows.rows)
         windows.plans["flex"] = create_block_mask(same_window, None, None, slots, slots, device=q.device.type)
     q, k, v = (t.index_select(0, windows.rows).transpose(0, 1)[None] for t in (q, k, v))
-    attend = _compiled(flex_attention) if q.is_cuda else flex_attention
+    attend: Any = _compiled(flex_attention) if q.is_cuda else flex_attention
     return attend(q, k, v, block_mask=windows.plans["flex"], scale=scale)[0].transpose(0, 1)
 
 
