@@ -142,17 +142,23 @@ class SparseUNet(Backbone):
         Raises:
             InputError: if a field is missing, ``feat`` has another width, or there are too few points to train on.
         """
-        for _, voxels in self._stages(points):
-            last = voxels
+        self.check_input(points)
+        last = self.forward_voxels(points.voxels())
         return last.to_points() if self.pool is None else self.pool(last)
+
+    def forward_voxels(self, voxels: Voxels) -> Voxels:
+        """The last stage's voxels, without pooling; kernel maps are kept in, and taken from, ``voxels.context``."""
+        for _, last in self._stages(voxels):
+            voxels = last
+        return voxels
 
     def forward_features(self, points: Points) -> dict[str, Voxels]:
         """The voxels after the stem, every encoder and every decoder stage, by the names of ``feature_info``."""
-        return dict(self._stages(points))
-
-    def _stages(self, points: Points) -> Iterator[tuple[str, Voxels]]:
         self.check_input(points)
-        voxels = self.conv_input(points.voxels())
+        return dict(self._stages(points.voxels()))
+
+    def _stages(self, voxels: Voxels) -> Iterator[tuple[str, Voxels]]:
+        voxels = self.conv_input(voxels)
         yield "conv_input", voxels
         skips = []
         for s, (down, enc) in enumerate(zip(self.down, self.enc, strict=True)):

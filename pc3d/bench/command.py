@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from pc3d.bench import conv, kernel_maps, serialize, voxelize
+from pc3d.bench import kernel_maps, serialize, sparse, voxelize
 from pc3d.bench.clouds import load
+from pc3d.bench.figures import draw_growth, draw_ratios
 from pc3d.bench.timing import Timing, machine, report, table
 from pc3d.errors import InputError
 from pc3d.io.atomic import atomic_write
@@ -22,7 +23,8 @@ EXAMPLES = """examples:
   tools/bench.py voxelize --threads 1
   tools/bench.py map --size 0.05 scan.ply sweep.bin --json runs/bench/map.json
   tools/bench.py serialize --size 0.005 --depth 16 --threads 1
-  tools/bench.py sparse --size 0.05 --threads 1 scan.ply
+  tools/bench.py sparse --threads 1 2 --only subm3_64 map --json runs/bench/sparse.json
+  tools/bench.py sparse scan.bin:0.05:6 sweep.npz:0.1 --picture runs/bench/sparse.png
 """
 
 
@@ -30,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one benchmark; 0 when it ran, 2 on bad input (one line on stderr)."""
     args = _parser().parse_args(argv)
     try:
-        return _run(args)
+        return _run_sparse(args) if args.op == "sparse" else _run(args)
     except InputError as error:
         print(f"bench {args.op}: {error}", file=sys.stderr)
         return 2
@@ -45,18 +47,31 @@ def _run(args: argparse.Namespace) -> int:
         for size in args.size or args.default_sizes:
             if args.op == "voxelize":
                 timings += voxelize.bench(points, size, args.rounds)
-            elif args.op == "sparse":
-                timings += conv.bench(points, size, args.rounds)
             elif args.op == "serialize":
                 timings += serialize.bench(points, size, args.depth, args.rounds)
             else:
                 timings += kernel_maps.bench(points, size, args.kernel, args.rounds)
     print(table(timings))
-    if args.json:
-        with atomic_write(args.json) as temporary:
-            temporary.write_text(json.dumps(report(timings, args.rounds), indent=2) + "\n")
-        print(f"written: {args.json}")
+    _write_json(args.json, report(timings, args.rounds))
     return 0
+
+
+def _run_sparse(args: argparse.Namespace) -> int:
+    print(", ".join(f"{key} {value}" for key, value in machine().items() if key != "threads"))
+    rows = sparse.run(args)
+    _write_json(args.json, {"machine": machine(), "rounds": args.rounds, "rows": rows})
+    if args.picture:
+        (draw_growth if args.growth else draw_ratios)(rows, args.picture)
+        print(f"written: {args.picture}")
+    return 0
+
+
+def _write_json(target: Path | None, content: object) -> None:
+    if target is None:
+        return
+    with atomic_write(target) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+    print(f"written: {target}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,8 +87,10 @@ def _parser() -> argparse.ArgumentParser:
     maps = ops.add_parser("map", help="kernel maps of sparse convolutions")
     _add_shared(maps, points=200_000, sizes=[0.1])
     maps.add_argument("--kernel", type=_odd, default=3, help="edge of the submanifold kernel, odd (default 3)")
-    sparse = ops.add_parser("sparse", help="sparse convolutions beside plain torch and spconv's CPU path if installed")
-    _add_shared(sparse, points=100_000, sizes=[0.1])
+    layers = ops.add_parser(
+        "sparse", help="sparse convolutions and SparseUNet-34C beside plain torch and spconv's CPU path"
+    )
+    sparse.add_arguments(layers)
     curves = ops.add_parser("serialize", help="codes and orders along space-filling curves, levels, reordering")
     _add_shared(curves, points=1_000_000, sizes=[0.05, 0.005])
     curves.add_argument(

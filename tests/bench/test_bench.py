@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from pc3d.bench import conv
 from pc3d.bench.clouds import lidar_sweep
 from pc3d.bench.command import main
 from pc3d.bench.timing import check_equal, time_interleaved
@@ -32,23 +31,6 @@ def test_figures_of_every_engine_are_written(op: str, cases: int, tmp_path: Path
     assert {t["engine"] for t in figures["timings"]} == {"kernels", "reference", "numpy"}
     assert all(t["median_ms"] > 0 for t in figures["timings"])
     assert "median ms" in capsys.readouterr().out
-
-
-def test_convolutions_are_checked_then_timed(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(conv, "CHANNELS", ((3, 8),))
-    monkeypatch.setattr(conv, "STRIDED_CHANNELS", (4, 8))
-    target = tmp_path / "figures.json"
-    assert main(["sparse", "--points", "2000", "--size", "0.5", "--json", str(target)]) == 0
-    timings = json.loads(target.read_text())["timings"]
-    assert {t["case"].split()[0] for t in timings} == {
-        "subm3_3x8_fwd",
-        "subm3_3x8_fwdbwd",
-        "down2_4x8_fwd",
-        "up2_8x4_fwd",
-    }
-    assert {"kernels", "torch"} <= {t["engine"] for t in timings}
-    monkeypatch.setattr(conv, "TOLERANCE", 0.0)
-    assert main(["sparse", "--points", "2000", "--size", "0.5"]) == 2
 
 
 def test_clouds_of_the_command_line_are_read(tmp_path: Path, capsys) -> None:
