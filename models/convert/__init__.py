@@ -1,6 +1,7 @@
 """Published weights of other code bases to and from the models of this package."""
 
 from pc3d.models.convert.kernels import KernelLayout
+from pc3d.models.convert.pcm import import_point_cloud_mamba
 from pc3d.models.convert.pointcept import export_pointcept, import_pointcept
 from pc3d.models.convert.sparse_unet import export_sparse_unet, import_sparse_unet
 from pc3d.models.convert.state_dict import convert_state_dict
@@ -10,6 +11,7 @@ __all__ = [
     "convert_state_dict",
     "export_pointcept",
     "export_sparse_unet",
+    "import_point_cloud_mamba",
     "import_pointcept",
     "import_sparse_unet",
 ]
