@@ -189,7 +189,7 @@ class PTv3(SerializedUNet):
 
     @classmethod
     def small(cls, in_channels: int = 6) -> PTv3:
-        """A small variant for CPUs and small data: 2.8 M parameters, four stages, windows of 128."""
+        """A small variant for CPUs and small data: 2.3 M parameters, four stages, windows of 128."""
         return cls(
             in_channels,
             stride=(2, 2, 2),
