@@ -20,6 +20,8 @@ COMMANDS: dict[str, str] = {
     "export": "convert clouds, or a checkpoint to safetensors",
     "view": "look at a cloud, or render it to a picture",
     "data": "check a folder of clouds before training on it",
+    "dataflow": "measure this machine for the sparse layers",
+    "profile": "time every sparse layer of a network on a cloud",
 }
 _EXAMPLE = """\
 examples:

@@ -34,7 +34,7 @@ using Array = nb::ndarray<T, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu
 template <class T, int Dimensions>
 using StridedArray = nb::ndarray<T, nb::ndim<Dimensions>, nb::device::cpu>;
 
-constexpr int64_t kTileGranules = 4;    // 512 rows of a tile, and
+constexpr int64_t kTileGranules = 4;    // 512 rows of a tile, if the caller does not choose, and
 constexpr int64_t kTileColumns = 128;   // columns: 256 KiB of output, half of a small second-level cache
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kLeastChunk = 4096;       // pairs of one weight-gradient task, at least
@@ -183,9 +183,9 @@ void pack_weights(const ConvKernels &kernels, const StridedArray<const float, 3>
   });
 }
 
-void run_tiles(const ConvKernels &kernels, const ConvProduct &p) {
+void run_tiles(const ConvKernels &kernels, const ConvProduct &p, int64_t tile) {
   const int64_t strips = ceil_div(p.cout, kernels.strip), wanted = num_threads() > 1 ? num_threads() * kTasksPerThread : 1;
-  int64_t tile = kTileGranules, parts = ceil_div(p.cout, kTileColumns);
+  int64_t parts = ceil_div(p.cout, kTileColumns);
   while (tile > 1 && ceil_div(p.granules, tile) * parts < wanted) tile /= 2;
   const int64_t tiles = ceil_div(p.granules, tile);
   while (tiles * parts < wanted && parts * 2 <= strips) parts *= 2;
@@ -197,7 +197,7 @@ void run_tiles(const ConvKernels &kernels, const ConvProduct &p) {
 
 void conv_forward(Array<const float, 2> x, StridedArray<const float, 3> weight, std::optional<Array<const float, 1>> bias,
                   Array<const int32_t, 1> gather, Array<const int32_t, 1> scatter, Array<const int64_t, 2> starts,
-                  Array<float, 2> y, const std::string &isa) {
+                  Array<float, 2> y, const std::string &isa, int64_t tile_rows) {
   const ConvKernels &kernels = find_kernels(isa);
   ConvProduct p{};
   p.x = x.data(), p.y = y.data(), p.bias = bias ? bias->data() : nullptr;
@@ -208,12 +208,13 @@ void conv_forward(Array<const float, 2> x, StridedArray<const float, 3> weight, 
               static_cast<int64_t>(weight.shape(2)) == p.cout && (!bias || static_cast<int64_t>(bias->shape(0)) == p.cout),
           "weight or bias does not fit the features");
   require(p.granules == ceil_div(p.rows, kGranule) && gather.shape(0) == scatter.shape(0), "the plan is of another map");
+  require(tile_rows >= 0, "tile_rows must not be negative");
   nb::gil_scoped_release release;
   if (p.rows == 0 || p.cout == 0) return;
   float *packed = workspace(p.kernel_volume * ceil_div(p.cout, kernels.strip) * kernels.strip * p.cin);
   pack_weights(kernels, weight, p, packed);
   p.weights = packed;
-  run_tiles(kernels, p);
+  run_tiles(kernels, p, tile_rows ? ceil_div(tile_rows, kGranule) : kTileGranules);
 }
 
 // One chunk of the pairs of one kernel offset; the first chunk of an offset writes to the result, the others to scratch.
@@ -291,7 +292,7 @@ void register_conv(nb::module_ &m) {
   m.def("conv_plan_pairs", &plan_pairs, nb::arg("gather"), nb::arg("scatter"), nb::arg("offsets"), nb::arg("starts"),
         nb::arg("grouped_gather"), nb::arg("grouped_scatter"), "Groups the pairs of each offset by granule, stable.");
   m.def("conv_forward", &conv_forward, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("gather"),
-        nb::arg("scatter"), nb::arg("starts"), nb::arg("y"), nb::arg("isa") = "",
+        nb::arg("scatter"), nb::arg("starts"), nb::arg("y"), nb::arg("isa") = "", nb::arg("tile_rows") = 0,
         "y[scatter[p]] = bias + sum of x[gather[p]] W_k over a plan checked by conv_plan_starts; float32.");
   m.def("conv_weight_grad", &conv_weight_grad, nb::arg("x"), nb::arg("g"), nb::arg("in_rows"), nb::arg("out_rows"),
         nb::arg("offsets"), nb::arg("out"), nb::arg("isa") = "",

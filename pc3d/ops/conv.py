@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator
+from dataclasses import astuple, dataclass
 from types import ModuleType
 from typing import Any
 
@@ -26,7 +27,31 @@ Plan = list[Tensor]
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def sparse_conv(feat: Tensor, weight: Tensor, kmap: KernelMap, bias: Tensor | None = None) -> Tensor:
+@dataclass(frozen=True)
+class Flows:
+    """Which dataflow runs each product of a layer on the CPU kernels; results differ in rounding only.
+
+    Attributes:
+        forward, input_grad: ``os`` keeps tiles of outputs in the cache (``os@ROWS``: tiles of so many rows, a multiple
+            of 128); ``ws`` keeps the weights of a kernel offset: gather, product, scatter, on one thread.
+        weight_grad: ``fod`` gathers inside the product; ``ws`` before it, on one thread.
+    """
+
+    forward: str = "os"
+    input_grad: str = "os"
+    weight_grad: str = "fod"
+
+    def __post_init__(self) -> None:
+        for name, flow in vars(self).items():
+            kind, _, rows = flow.partition("@")
+            known = ("fod", "ws") if name == "weight_grad" else ("os", "ws")
+            if kind not in known or (rows and (kind != "os" or not rows.isdigit() or int(rows) < 1 or int(rows) % 128)):
+                raise ValueError(f"{name}: no flow {flow!r} on the CPU, choose from {', '.join(known)}")
+
+
+def sparse_conv(
+    feat: Tensor, weight: Tensor, kmap: KernelMap, bias: Tensor | None = None, flows: Flows | None = None
+) -> Tensor:
     """Sparse convolution (cross-correlation, no kernel flip) of voxel features.
 
     Differentiable in ``feat``, ``weight`` and ``bias``, twice. Half inputs are summed in float32 and rounded once.
@@ -37,6 +62,7 @@ def sparse_conv(feat: Tensor, weight: Tensor, kmap: KernelMap, bias: Tensor | No
         weight: ``(K, Cin, Cout)``, kernel offsets row-major.
         kmap: pairs of input and output rows per kernel offset.
         bias: ``(Cout,)`` or None.
+        flows: how the CPU kernels go about it; None leaves it to them. Other devices and dtypes have one way.
 
     Returns:
         ``(num_out, Cout)`` in the dtype of ``feat``; a row without pairs holds the bias.
@@ -58,7 +84,9 @@ def sparse_conv(feat: Tensor, weight: Tensor, kmap: KernelMap, bias: Tensor | No
     if feat.dtype != weight.dtype:
         raise ValueError(f"feat is {feat.dtype}, weight {weight.dtype}: cast one of them, or use autocast")
     plan, inverse_plan = _plans(feat, kmap)
-    return _sparse_conv(feat, weight, bias, kmap.in_rows, kmap.out_rows, kmap.offsets, kmap.num_out, plan, inverse_plan)
+    chosen = ",".join(astuple(flows or Flows()))
+    rows = kmap.in_rows, kmap.out_rows, kmap.offsets
+    return _sparse_conv(feat, weight, bias, *rows, kmap.num_out, plan, inverse_plan, chosen)
 
 
 @torch.library.custom_op("pc3d::sparse_conv", mutates_args=())
@@ -72,12 +100,14 @@ def _sparse_conv(
     num_out: int,
     plan: Plan,
     inverse_plan: Plan,
+    flows: str,
 ) -> Tensor:
-    kernels = _kernels(feat, plan)
+    flow, _, tile = flows.split(",")[0].partition("@")
+    kernels = _kernels(feat, plan) if flow == "os" else None
     if kernels is not None:
         out = feat.new_empty(num_out, weight.shape[2], dtype=torch.float32)
         first = None if bias is None else _plain(bias)
-        kernels.conv_forward(_plain(feat), _plain(weight, strided=True), first, *plan, out)
+        kernels.conv_forward(_plain(feat), _plain(weight, strided=True), first, *plan, out, tile_rows=int(tile or 0))
         return out.to(feat.dtype)
     wide = _accumulation_dtype(feat.dtype)
     out = feat.new_zeros(num_out, weight.shape[2], dtype=wide)
@@ -93,10 +123,17 @@ def _sparse_conv(
 
 @torch.library.custom_op("pc3d::sparse_conv_weight_grad", mutates_args=())
 def _weight_grad(
-    feat: Tensor, grad: Tensor, in_rows: Tensor, out_rows: Tensor, offsets: Tensor, plan: Plan, inverse_plan: Plan
+    feat: Tensor,
+    grad: Tensor,
+    in_rows: Tensor,
+    out_rows: Tensor,
+    offsets: Tensor,
+    plan: Plan,
+    inverse_plan: Plan,
+    flows: str,
 ) -> Tensor:
     """``(K, Cin, Cout)``: ``sum feat[i]^T grad[o]`` over the pairs of each kernel offset."""
-    kernels = _kernels(feat, plan)
+    kernels = _kernels(feat, plan) if flows.split(",")[2] == "fod" else None
     if kernels is not None:
         out = feat.new_empty(len(offsets) - 1, feat.shape[1], grad.shape[1], dtype=torch.float32)
         kernels.conv_weight_grad(_plain(feat), _plain(grad), in_rows.contiguous(), out_rows.contiguous(), offsets, out)
@@ -128,13 +165,21 @@ def _(
     num_out: int,
     plan: Plan,
     inverse_plan: Plan,
+    flows: str,
 ) -> Tensor:
     return feat.new_empty(num_out, weight.shape[2])
 
 
 @_weight_grad.register_fake
 def _(
-    feat: Tensor, grad: Tensor, in_rows: Tensor, out_rows: Tensor, offsets: Tensor, plan: Plan, inverse_plan: Plan
+    feat: Tensor,
+    grad: Tensor,
+    in_rows: Tensor,
+    out_rows: Tensor,
+    offsets: Tensor,
+    plan: Plan,
+    inverse_plan: Plan,
+    flows: str,
 ) -> Tensor:
     return feat.new_empty(len(offsets) - 1, feat.shape[1], grad.shape[1])
 
@@ -145,9 +190,9 @@ def _(values: Tensor) -> Tensor:
 
 
 def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    feat, weight, bias, in_rows, out_rows, offsets, _, plan, inverse_plan = inputs
+    feat, weight, bias, in_rows, out_rows, offsets, _, plan, inverse_plan, flows = inputs
     ctx.save_for_backward(feat, weight, in_rows, out_rows, offsets, *plan, *inverse_plan)
-    ctx.has_bias, ctx.plan_length = bias is not None, len(plan)
+    ctx.has_bias, ctx.plan_length, ctx.flows = bias is not None, len(plan), flows
 
 
 def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -156,27 +201,38 @@ def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_feat = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
         transposed = weight.transpose(1, 2)
-        grad_feat = _sparse_conv(grad, transposed, None, out_rows, in_rows, offsets, len(feat), inverse_plan, plan)
+        exchanged = _exchanged(ctx.flows)
+        grad_feat = _sparse_conv(
+            grad, transposed, None, out_rows, in_rows, offsets, len(feat), inverse_plan, plan, exchanged
+        )
     if ctx.needs_input_grad[1]:
-        grad_weight = _weight_grad(feat, grad, in_rows, out_rows, offsets, plan, inverse_plan)
+        grad_weight = _weight_grad(feat, grad, in_rows, out_rows, offsets, plan, inverse_plan, ctx.flows)
     if ctx.has_bias and ctx.needs_input_grad[2]:
         grad_bias = _sum_rows(grad)
-    return grad_feat, grad_weight, grad_bias, None, None, None, None, [None] * len(plan), [None] * len(inverse_plan)
+    plan_grads = [None] * len(plan), [None] * len(inverse_plan)
+    return grad_feat, grad_weight, grad_bias, None, None, None, None, *plan_grads, None
 
 
 def _weight_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, plan, inverse_plan = inputs
+    *tensors, plan, inverse_plan, flows = inputs
     ctx.save_for_backward(*tensors, *plan, *inverse_plan)
-    ctx.plan_length = len(plan)
+    ctx.plan_length, ctx.flows = len(plan), flows
 
 
 def _weight_grad_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     feat, upstream, in_rows, out_rows, offsets, *plans = ctx.saved_tensors
     plan, inverse_plan = plans[: ctx.plan_length], plans[ctx.plan_length :]
     transposed = grad.transpose(1, 2)
-    grad_feat = _sparse_conv(upstream, transposed, None, out_rows, in_rows, offsets, len(feat), inverse_plan, plan)
-    grad_upstream = _sparse_conv(feat, grad, None, in_rows, out_rows, offsets, len(upstream), plan, inverse_plan)
-    return grad_feat, grad_upstream, None, None, None, [None] * len(plan), [None] * len(inverse_plan)
+    back = upstream, transposed, None, out_rows, in_rows, offsets, len(feat), inverse_plan, plan, _exchanged(ctx.flows)
+    forth = feat, grad, None, in_rows, out_rows, offsets, len(upstream), plan, inverse_plan, ctx.flows
+    plan_grads = [None] * len(plan), [None] * len(inverse_plan)
+    return _sparse_conv(*back), _sparse_conv(*forth), None, None, None, *plan_grads, None
+
+
+def _exchanged(flows: str) -> str:
+    """The flows of the layer that an input gradient is."""
+    forward, input_grad, weight_grad = flows.split(",")
+    return f"{input_grad},{forward},{weight_grad}"
 
 
 def _sum_rows_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pc3d.ops.conv import sparse_conv
 from pc3d.ops.kernel_map import KernelMap, triple
 from pc3d.sparse import maps
+from pc3d.sparse.flows import planned_conv
 from pc3d.sparse.modules import SparseModule
 from pc3d.voxels import Voxels
 
@@ -48,7 +48,7 @@ class SparseConvolution(SparseModule):
 
     def convolve(self, feat: Tensor, kernel_map: KernelMap) -> Tensor:
         """``(num_out, Cout)`` from ``(num_in, Cin)``."""
-        return sparse_conv(feat, self.weight, kernel_map, self.bias)
+        return planned_conv(feat, self.weight, kernel_map, self.bias)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"

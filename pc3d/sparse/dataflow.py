@@ -1,13 +1,17 @@
 """What a sparse convolution reads: sparsity attributes of a kernel map, bytes and time of each dataflow (SPADE).
 
+The rates of a machine come from :mod:`pc3d.sparse.calibrate`, the choice for a layer from :mod:`pc3d.sparse.table`.
+
 After the tile-based sparsity-aware dataflow of AccSS3D (arXiv 2011.12669). Attributes are counts, exact for the order
 the voxels are in; a map whose voxels were reordered has its own. Tiles are counted from the first output row on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise, product
 from typing import Any, Literal, NamedTuple
@@ -117,13 +121,26 @@ class Flow(Enum):
     FETCH_ON_DEMAND = "fod"  # the same in one fused pass
 
 
+class Pass(Enum):
+    """The three products of a layer, which are chosen separately."""
+
+    FORWARD = "fwd"
+    INPUT_GRAD = "dgrad"
+    WEIGHT_GRAD = "wgrad"
+
+
 @dataclass(frozen=True)
 class Layer:
-    """Widths of a convolution and the bytes of one element."""
+    """Widths of a convolution, the bytes of one element, and the product that is meant.
+
+    The input gradient is a forward pass over the inverse map with the widths exchanged. The weight gradient reads the
+    rows of both sides of every pair and adds up in the weights.
+    """
 
     in_channels: int
     out_channels: int
     element_bytes: int = 4
+    op: Pass = Pass.FORWARD
 
 
 @dataclass(frozen=True)
@@ -142,25 +159,70 @@ class Traffic:
 
 
 @dataclass(frozen=True)
+class RateGrid:
+    """Multiply-adds per second, measured on a grid and interpolated in the logarithm of its axes and of the rate.
+
+    Attributes:
+        axes: measured values of each axis, ascending: ``tile`` (rows), ``fill`` (pairs over outputs times kernel
+            offsets), ``pairs`` (of one kernel offset), ``in_channels`` and ``out_channels``.
+        values: the rates, the last axis fastest.
+    """
+
+    axes: Mapping[str, tuple[float, ...]]
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.values) != math.prod(map(len, self.axes.values())) or any(v <= 0 for v in self.values):
+            raise ValueError("a rate grid has one positive rate for each combination of its axes")
+
+    def at(self, **point: float) -> float:
+        """The rate at a point; beyond the measured values of an axis, that at its end."""
+        corners = [(0, 1.0)]
+        for name, known in self.axes.items():
+            low, share = _between(known, point[name])
+            corners = [
+                (index * len(known) + low + step, weight * part)
+                for index, weight in corners
+                for step, part in ((0, 1 - share), (1, share))
+                if part > 0
+            ]
+        return math.exp(sum(weight * math.log(self.values[index]) for index, weight in corners))
+
+
+def _between(known: tuple[float, ...], value: float) -> tuple[int, float]:
+    """The last known value not above ``value``, and how far ``value`` is to the next one."""
+    low = bisect_right(known, value) - 1
+    if low < 0:
+        return 0, 0.0
+    if low + 1 == len(known):
+        return low, 0.0
+    return low, math.log(value / known[low]) / math.log(known[low + 1] / known[low])
+
+
+@dataclass(frozen=True)
 class Device:
-    """Measured rates of a machine.
+    """Measured rates of a machine for one pass of a layer.
 
     Attributes:
         cache_bytes: size of the last-level cache.
         l2_bandwidth, dram_bandwidth: bytes per second.
-        multiply_adds: multiply-adds per second of each flow at the widths in question.
+        multiply_adds: multiply-adds per second of each flow, one number or a grid.
         launch: seconds to start one pass over the pairs of a kernel offset.
         sort: seconds per output row to sort by masks.
         masked_lanes_skip: outputs without an input under a kernel offset cost no fetch.
+        packed_pairs: tiles multiply the pairs they have, packed together, and no empty lane.
+        prepare: seconds per byte of weights, to bring them into the form a flow reads.
     """
 
     cache_bytes: int
     l2_bandwidth: float
     dram_bandwidth: float
-    multiply_adds: dict[Flow, float]
+    multiply_adds: Mapping[Flow, float | RateGrid]
     launch: float = 0.0
     sort: float = 0.0
     masked_lanes_skip: bool = True
+    packed_pairs: bool = False
+    prepare: Mapping[Flow, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -173,25 +235,38 @@ class Plan:
     seconds: float
 
 
-def traffic(kernel_map: KernelMap, layer: Layer, flow: Flow, device: Device, tiling: Tiling | None = None) -> Traffic:
+def traffic(
+    kernel_map: KernelMap,
+    layer: Layer,
+    flow: Flow,
+    device: Device,
+    tiling: Tiling | None = None,
+    scale: float = 1.0,
+) -> Traffic:
     """Modelled work of a forward pass; for the input gradient pass ``kernel_map.inverse()`` and swap the widths.
 
     Bytes count input and output rows, weights and the map: a dense table of K int32 per output for the flows that keep
-    outputs, 8 bytes per pair for the others.
+    outputs, 8 bytes per pair for the others. ``scale`` models a map of the same sparsity with so many times the voxels.
 
     Raises:
         ValueError: if a flow that keeps outputs has no ``tiling``, or ``GEMM`` is asked of more than one offset.
     """
-    n, k, p = kernel_map.num_out, kernel_map.kernel_volume, kernel_map.num_pairs
+    n, k, p = kernel_map.num_out * scale, kernel_map.kernel_volume, kernel_map.num_pairs * scale
     in_row, out_row = layer.in_channels * layer.element_bytes, layer.out_channels * layer.element_bytes
     products = float(p * layer.in_channels * layer.out_channels)
-    weights = k * layer.in_channels * layer.out_channels * layer.element_bytes
+    weights = _weight_bytes(kernel_map, layer)
     if flow is Flow.GEMM:
         if k != 1:
             raise ValueError(f"a plain product serves one kernel offset, not {k}")
         moved = float(p * (in_row + out_row) + weights)
         return Traffic(products, moved, moved)
     fetched = cache_misses(kernel_map, max(device.cache_bytes // in_row, 1), tiling) * n * in_row
+    if layer.op is Pass.WEIGHT_GRAD:
+        if flow not in (Flow.WEIGHT, Flow.FETCH_ON_DEMAND):
+            raise ValueError(f"a weight gradient adds up over the pairs of an offset: flow {flow.value} keeps outputs")
+        rows = float(p * (in_row + out_row))
+        moved = fetched + n * out_row + 8 * p + weights
+        return Traffic(products, rows, moved + (2 * rows if flow is Flow.WEIGHT else 0))
     if flow is Flow.WEIGHT:
         moved = fetched + 2 * p * in_row + 4 * p * out_row + 8 * p + weights
         return Traffic(products, moved, moved)
@@ -200,27 +275,61 @@ def traffic(kernel_map: KernelMap, layer: Layer, flow: Flow, device: Device, til
         return Traffic(products, on_chip, fetched + 2 * p * out_row + 8 * p + weights)
     if tiling is None:
         raise ValueError(f"flow {flow.value} works in tiles: give a tiling")
-    useful = mask_efficiency(kernel_map, tiling)
+    useful = 1.0 if device.packed_pairs else max(mask_efficiency(kernel_map, tiling), 1e-9)
     if flow is Flow.OUTPUT_UNIQUE:
         on_chip = unique_inputs(kernel_map, tiling) * n * in_row
     else:
-        on_chip = p * in_row / (1.0 if device.masked_lanes_skip else max(useful, 1e-9))
-    return Traffic(products / max(useful, 1e-9), on_chip, fetched + n * out_row + weights + 4.0 * k * n)
+        on_chip = p * in_row / (1.0 if device.masked_lanes_skip else useful)
+    return Traffic(products / useful, on_chip, fetched + n * out_row + weights + 4.0 * k * n)
 
 
-def plan(kernel_map: KernelMap, layer: Layer, flow: Flow, device: Device, tiling: Tiling | None = None) -> Plan:
-    """Modelled seconds of one flow: the slowest of arithmetic, cache and memory, plus launches and sorting."""
-    work = traffic(kernel_map, layer, flow, device, tiling)
-    # Gather-product-scatter runs offset after offset; with rates that do not depend on the number of pairs, every
-    # offset has the same bound, and the sum of the maxima is the maximum of the sums.
+def plan(
+    kernel_map: KernelMap,
+    layer: Layer,
+    flow: Flow,
+    device: Device,
+    tiling: Tiling | None = None,
+    scale: float = 1.0,
+) -> Plan:
+    """Modelled seconds of one flow: the slowest of arithmetic, cache and memory, plus launches, sorting and weights.
+
+    Gather-product-scatter runs offset after offset, each with the rate of its number of pairs.
+    """
+    work = traffic(kernel_map, layer, flow, device, tiling, scale)
     launches = kernel_map.kernel_volume if flow is Flow.WEIGHT else 1
     sorts = tiling.splits if tiling is not None and tiling.window is not None else 0
-    bound = max(
-        work.multiply_adds / device.multiply_adds[flow],
-        work.l2_bytes / device.l2_bandwidth,
-        work.dram_bytes / device.dram_bandwidth,
-    )
-    return Plan(flow, tiling, work, bound + launches * device.launch + sorts * device.sort * kernel_map.num_out)
+    rate = device.multiply_adds[flow]
+    memory = max(work.l2_bytes / device.l2_bandwidth, work.dram_bytes / device.dram_bandwidth)
+    if flow is Flow.WEIGHT and isinstance(rate, RateGrid) and "pairs" in rate.axes:
+        bound = _per_offset(kernel_map, layer, rate, memory, scale)
+    else:
+        bound = max(work.multiply_adds / _rate(rate, kernel_map, layer, tiling), memory)
+    extra = launches * device.launch + sorts * device.sort * kernel_map.num_out * scale
+    prepared = device.prepare.get(flow, 0.0) * _weight_bytes(kernel_map, layer)
+    return Plan(flow, tiling, work, bound + extra + prepared)
+
+
+def _weight_bytes(kernel_map: KernelMap, layer: Layer) -> int:
+    return kernel_map.kernel_volume * layer.in_channels * layer.out_channels * layer.element_bytes
+
+
+def _rate(rate: float | RateGrid, kernel_map: KernelMap, layer: Layer, tiling: Tiling | None) -> float:
+    if not isinstance(rate, RateGrid):
+        return rate
+    slots = max(kernel_map.num_out * kernel_map.kernel_volume, 1)
+    tile = 1 if tiling is None else tiling.tile
+    widths = {"in_channels": layer.in_channels, "out_channels": layer.out_channels}
+    return rate.at(tile=tile, fill=kernel_map.num_pairs / slots, pairs=kernel_map.num_pairs, **widths)
+
+
+def _per_offset(kernel_map: KernelMap, layer: Layer, rate: RateGrid, memory: float, scale: float) -> float:
+    """Seconds of all kernel offsets, each bound by its products or by its share of the memory traffic."""
+    total, widths = max(kernel_map.num_pairs, 1), (layer.in_channels, layer.out_channels)
+    seconds = 0.0
+    for pairs in attributes(kernel_map).pairs_per_offset:
+        speed = rate.at(pairs=pairs * scale, in_channels=widths[0], out_channels=widths[1])
+        seconds += max(pairs * scale * math.prod(widths) / speed, memory * pairs / total)
+    return seconds
 
 
 _WINDOWS: tuple[Window, ...] = (None, 256, 1024, 4096, "all")
@@ -237,6 +346,7 @@ def rank(
     device: Device,
     flows: Iterable[Flow] = (Flow.OUTPUT_UNIQUE, Flow.OUTPUT_GATHER, Flow.WEIGHT, Flow.FETCH_ON_DEMAND),
     tilings: Iterable[Tiling] = TILINGS,
+    scale: float = 1.0,
 ) -> list[Plan]:
     """Every flow and tiling, the fastest by the model first; a plain product where there is one kernel offset.
 
@@ -245,12 +355,13 @@ def rank(
     A weight gradient sums over the pairs of an offset: give it the flows ``WEIGHT`` and ``FETCH_ON_DEMAND``.
     """
     if kernel_map.kernel_volume == 1:
-        return [plan(kernel_map, layer, Flow.GEMM, device)]
+        return [plan(kernel_map, layer, Flow.GEMM, device, scale=scale)]
     choices = tuple(tilings)
     plans = []
     for flow in flows:
         tiled = flow in (Flow.OUTPUT_UNIQUE, Flow.OUTPUT_GATHER)
-        plans += [plan(kernel_map, layer, flow, device, tiling) for tiling in (choices if tiled else (None,))]
+        ways = choices if tiled else (None,)
+        plans += [plan(kernel_map, layer, flow, device, tiling, scale) for tiling in ways]
     return sorted(plans, key=lambda candidate: candidate.seconds)
 
 

@@ -247,8 +247,8 @@ def test_registration_of_the_operator(backend):
     with use_backend(backend):
         plans = conv._plans(feat, kmap)
         pairs = (kmap.in_rows, kmap.out_rows, kmap.offsets)
-        torch.library.opcheck(conv._sparse_conv, (feat, weight, bias, *pairs, kmap.num_out, *plans))
-        torch.library.opcheck(conv._weight_grad, (feat, torch.randn(kmap.num_out, 6), *pairs, *plans))
+        torch.library.opcheck(conv._sparse_conv, (feat, weight, bias, *pairs, kmap.num_out, *plans, "os,os,fod"))
+        torch.library.opcheck(conv._weight_grad, (feat, torch.randn(kmap.num_out, 6), *pairs, *plans, "os,os,fod"))
 
 
 def test_autocast_casts_once(kernels):

@@ -1,0 +1,11 @@
+"""``pc3d profile`` from a source tree."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pc3d.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["profile", *sys.argv[1:]]))
