@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from pc3d.ops.coir import Field, bytes_per_voxel, compress, decode, encode
+from pc3d.ops.conv import sparse_conv
 from pc3d.ops.kernel_map import KernelMap, strided_map, submanifold_map, transposed_map
 from pc3d.ops.order import CurveOrder, SoarOrder
 
@@ -89,3 +91,15 @@ def test_sizes_on_real_clouds(golden: str, hilbert: float, soar: float, golden_d
         assert sizes["tile_local"] - 4 / 64 == pytest.approx(expected, abs=0.06)
         assert sizes["dense"] == 108
         assert sizes["tile_local"] < sizes["corf"] < sizes["pairs"] < sizes["dense"]
+
+
+def test_maps_with_their_plans_stay_small() -> None:
+    """At most 16 bytes per pair and 8 per voxel, what both gradients need included."""
+    coord = torch.nonzero(torch.rand(1, 24, 24, 24, generator=torch.Generator().manual_seed(0)) < 0.3).int()
+    kmap = submanifold_map(coord, (3, 3, 3))
+    feat, weight = torch.randn(len(coord), 4, requires_grad=True), torch.randn(27, 4, 8, requires_grad=True)
+    sparse_conv(feat, weight, kmap).sum().backward()
+    kept = [kmap.in_rows, kmap.out_rows, kmap.offsets, *itertools.chain.from_iterable(kmap.plans.values())]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    assert len(kmap.plans) == 2
+    assert sum(storages.values()) <= 16 * kmap.num_pairs + 8 * len(coord)
