@@ -150,7 +150,7 @@ class SerializedAttention(nn.Module):
 
     def forward(self, feat: Tensor, level: Level) -> Tensor:
         """``(M, C)`` from ``(M, C)``."""
-        windows = level.windows(self.order, self.window_size, self.equal_windows)
+        windows = self.windows(level)
         q, k, v = self.qkv(feat).unflatten(1, (3, self.num_heads, -1)).unbind(1)
         out = window_attention(
             q,
@@ -164,6 +164,10 @@ class SerializedAttention(nn.Module):
         )
         return self.proj(out.flatten(1).to(self.proj.weight.dtype))
 
+    def windows(self, level: Level) -> Windows:
+        """The windows of this layer, split once per level."""
+        return level.windows(self.order, self.window_size, self.equal_windows)
+
     def _bias(self, cells: Tensor) -> Tensor:
         assert self.rpe is not None
         return self.rpe(cells)
@@ -171,6 +175,10 @@ class SerializedAttention(nn.Module):
 
 class SerializedBlock(nn.Module):
     """Convolution as conditional positional encoding, then attention, then MLP, each on a residual branch.
+
+    ``block.attn.compile(dynamic=True)`` and ``block.mlp.compile(dynamic=True)`` run through torch.compile without a
+    graph break (each block counts towards ``torch._dynamo.config.recompile_limit``). The convolution does not: its
+    kernel map depends on the values of the coordinates.
 
     Args:
         channels: width C.
@@ -213,6 +221,7 @@ class SerializedBlock(nn.Module):
         conv, linear, norm = self.cpe
         encoding = linear(conv(level.voxels.with_feat(seen)).feat)
         feat = tokens.feat + apply_layer(norm, encoding, level.condition)
+        self.attn.windows(level)  # depends on the sizes of the clouds: not inside what torch.compile traces
         feat, branch = self._mix(feat, level)
         return replace(tokens, feat=feat, conv_feat=None if self.refresh_conv else branch)
 

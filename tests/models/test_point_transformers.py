@@ -336,6 +336,16 @@ def test_bad_input() -> None:
         build(Utonia, jitter_coords=0.5)
 
 
+@pytest.mark.parametrize("model", [PTv3, Utonia])
+def test_dense_part_of_a_block_compiles_without_a_graph_break(model: type[SerializedUNet]) -> None:
+    net, points = build(model).eval(), clouds(70, 3)
+    expected = net(points)
+    for block in (net.enc["enc1"]["block1"], net.dec["dec0"]["block0"]):
+        block.attn.compile(backend="eager", fullgraph=True, dynamic=True)
+        block.mlp.compile(backend="eager", fullgraph=True, dynamic=True)
+    assert_close(net(points), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_any_integer_stride() -> None:
     net, points = build(Sonata, stride=(3, 2)).eval(), clouds(120)
     stages = net.forward_features(points)
