@@ -1,9 +1,10 @@
 """Models, one architecture per file (``backbones/``, ``heads/``); importers of published weights in ``convert/``."""
 
 from pc3d.models.backbones.pcm import PointCloudMamba
+from pc3d.models.backbones.point_ssm import PointSSM
 from pc3d.models.backbones.ptv3 import PTv3
 from pc3d.models.backbones.sonata import Sonata
 from pc3d.models.backbones.sparse_unet import SparseUNet
 from pc3d.models.backbones.utonia import Utonia
 
-__all__ = ["PTv3", "PointCloudMamba", "Sonata", "SparseUNet", "Utonia"]
+__all__ = ["PTv3", "PointCloudMamba", "PointSSM", "Sonata", "SparseUNet", "Utonia"]

@@ -57,7 +57,7 @@ class SelectiveSSM(nn.Module):
             else:
                 nn.init.constant_(self.dt_proj.weight, bound)
             with torch.no_grad():
-                self.dt_proj.bias.copy_(_inverse_softplus(_log_uniform(channels, step_range, step_floor)))
+                self.dt_proj.bias.copy_(inverse_softplus(log_uniform(channels, step_range, step_floor)))
 
     def forward(
         self, x: Tensor, z: Tensor, offsets: Tensor, state: Tensor | None = None, reverse: bool = False
@@ -219,7 +219,7 @@ class Mamba2(nn.Module):
         convolved = self.channels + 2 * groups * state
         self.in_proj = nn.Linear(width, 2 * self.gated_only + self.channels + convolved + heads, bias=bias)
         self.conv1d = nn.Conv1d(convolved, convolved, kernel, groups=convolved, bias=conv_bias)
-        self.dt_bias = nn.Parameter(_inverse_softplus(_log_uniform(heads, step_range, step_floor)))
+        self.dt_bias = nn.Parameter(inverse_softplus(log_uniform(heads, step_range, step_floor)))
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(*rate_range).log())
         self.D = nn.Parameter(torch.ones(self.channels if skip_per_channel else heads))
         self.init_states = nn.Parameter(torch.zeros(heads, head, state)) if learned_start else None
@@ -315,10 +315,12 @@ def scale_output_layers(network: nn.Module, layers: int, per_layer: int = 1) -> 
                 module.out_proj.weight /= math.sqrt(layers * per_layer)
 
 
-def _log_uniform(count: int, bounds: tuple[float, float], floor: float) -> Tensor:
+def log_uniform(count: int, bounds: tuple[float, float], floor: float) -> Tensor:
+    """``(count,)`` log-uniform in ``bounds``, not below ``floor``: initial step sizes."""
     low, high = (math.log(bound) for bound in bounds)
     return torch.empty(count).uniform_(low, high).exp().clamp(min=floor)
 
 
-def _inverse_softplus(values: Tensor) -> Tensor:
+def inverse_softplus(values: Tensor) -> Tensor:
+    """``x`` with ``softplus(x) = values``."""
     return values + torch.log(-torch.expm1(-values))
