@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Literal
 
 from torch import nn
 
+from pc3d.errors import InputError
 from pc3d.nn.attention import Backend
 from pc3d.nn.norm import ConditionalNorm, ConditionalSequential, PointBatchNorm, PointLayerNorm
 from pc3d.nn.serialized import (
@@ -19,6 +21,7 @@ from pc3d.nn.serialized import (
     NormFactory,
     SerializedAttention,
     SerializedBlock,
+    SerializedMamba,
     SerializedPooling,
     SerializedUNet,
     Stage,
@@ -86,6 +89,8 @@ class PTv3(SerializedUNet):
         pdnorm_bn, pdnorm_ln: which norms have one set of parameters per dataset.
         enc_mode: no decoder; ``forward`` gives the features of all encoder stages at each input point.
         upcast_levels: with ``enc_mode``, how many of the finer stages are joined to the deepest; None: all.
+        mixer: "mamba" puts a bidirectional Mamba along the same orders in the place of windowed attention (our own
+            variant): linear in points, and what concerns heads, patches and attention has no effect.
         attention_backend: see :data:`pc3d.nn.attention.Backend`.
         checkpoint_blocks: keep no activations inside blocks but compute them again in the backward pass.
 
@@ -123,10 +128,13 @@ class PTv3(SerializedUNet):
         pdnorm_ln: bool = True,
         enc_mode: bool = False,
         upcast_levels: int | None = None,
+        mixer: Literal["attention", "mamba"] = "attention",
         attention_backend: Backend = "auto",
         checkpoint_blocks: bool = False,
     ) -> None:
         super().__init__()
+        if mixer not in ("attention", "mamba"):
+            raise InputError(f"mixer: {mixer!r} is not attention or mamba")
         self.in_channels = in_channels
         self.curves = tuple(order)
         self.shuffle_orders = shuffle_orders
@@ -144,6 +152,9 @@ class PTv3(SerializedUNet):
             layer_norm = partial(ConditionalNorm, PointLayerNorm, conditions=len(pdnorm_conditions))
 
         def block(stage: Stage, index: int, rate: float, in_decoder: bool) -> SerializedBlock:
+            if mixer == "mamba":
+                mamba = SerializedMamba(stage.channels, order=index)
+                return SerializedBlock(stage.channels, mamba, layer_norm, rate, mlp_ratio, refresh_conv=not legacy_v151)
             attention = SerializedAttention(
                 stage.channels,
                 stage.num_heads,
@@ -188,7 +199,7 @@ class PTv3(SerializedUNet):
         return cls(in_channels)
 
     @classmethod
-    def small(cls, in_channels: int = 6) -> PTv3:
+    def small(cls, in_channels: int = 6, mixer: Literal["attention", "mamba"] = "attention") -> PTv3:
         """A small variant for CPUs and small data: 2.3 M parameters, four stages, windows of 128."""
         return cls(
             in_channels,
@@ -202,4 +213,5 @@ class PTv3(SerializedUNet):
             dec_num_head=(2, 4, 8),
             dec_patch_size=(128,) * 3,
             drop_path=0.1,
+            mixer=mixer,
         )

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from pc3d.errors import InputError
 from pc3d.nn.attention import Backend, RelativePositionBias, Windows, split_windows, window_attention
 from pc3d.nn.backbone import Backbone, FeatureInfo
+from pc3d.nn.mamba import BidirectionalMamba
 from pc3d.nn.mlp import MLP, DropPath, LayerScale
 from pc3d.nn.norm import ConditionalSequential, PointLayerNorm, apply_layer, condition_of
 from pc3d.nn.rope import Rotation
@@ -24,7 +25,7 @@ from pc3d.ops.segment import segment_max, segment_mean
 from pc3d.ops.serialize import Curve, grid_depth
 from pc3d.ops.voxelize import unique_voxels
 from pc3d.points import Points
-from pc3d.serialization import Serialization, serialize
+from pc3d.serialization import Order, Serialization, serialize
 from pc3d.sparse import SubMConv3d
 from pc3d.voxels import Voxels
 
@@ -168,9 +169,41 @@ class SerializedAttention(nn.Module):
         """The windows of this layer, split once per level."""
         return level.windows(self.order, self.window_size, self.equal_windows)
 
+    def prepare(self, level: Level) -> None:
+        """Split the windows: they depend on the sizes of the clouds, which torch.compile cannot trace."""
+        self.windows(level)
+
     def _bias(self, cells: Tensor) -> Tensor:
         assert self.rpe is not None
         return self.rpe(cells)
+
+
+class SerializedMamba(nn.Module):
+    """Bidirectional Mamba along one order of a level: every point sees its whole cloud, in time linear in its size.
+
+    Args:
+        channels: width C.
+        order: which order, modulo their number.
+        state: states per channel of the scan.
+    """
+
+    def __init__(self, channels: int, order: int, state: int = 16) -> None:
+        super().__init__()
+        self.order = order
+        self.mixer = BidirectionalMamba(channels, state)
+
+    def forward(self, feat: Tensor, level: Level) -> Tensor:
+        """``(M, C)`` from ``(M, C)``."""
+        along = self._along(level)
+        return self.mixer(feat.index_select(0, along.order), level.offsets).index_select(0, along.inverse)
+
+    def prepare(self, level: Level) -> None:
+        """Sort the order, once per level."""
+        _ = self._along(level).order
+
+    def _along(self, level: Level) -> Order:
+        assert level.serialization is not None
+        return level.serialization[self.order % len(level.serialization)]
 
 
 class SerializedBlock(nn.Module):
@@ -182,7 +215,7 @@ class SerializedBlock(nn.Module):
 
     Args:
         channels: width C.
-        attention: mixes points.
+        attention: mixes points; attention in windows, or Mamba.
         norm: makes layer norms.
         drop_path: probability that a point skips the attention or MLP branch in training.
         mlp_ratio: hidden width of the MLP in units of C.
@@ -194,7 +227,7 @@ class SerializedBlock(nn.Module):
     def __init__(
         self,
         channels: int,
-        attention: SerializedAttention,
+        attention: SerializedAttention | SerializedMamba,
         norm: NormFactory,
         drop_path: float = 0.0,
         mlp_ratio: float = 4.0,
@@ -221,7 +254,7 @@ class SerializedBlock(nn.Module):
         conv, linear, norm = self.cpe
         encoding = linear(conv(level.voxels.with_feat(seen)).feat)
         feat = tokens.feat + apply_layer(norm, encoding, level.condition)
-        self.attn.windows(level)  # depends on the sizes of the clouds: not inside what torch.compile traces
+        self.attn.prepare(level)
         feat, branch = self._mix(feat, level)
         return replace(tokens, feat=feat, conv_feat=None if self.refresh_conv else branch)
 

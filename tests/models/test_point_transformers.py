@@ -351,3 +351,18 @@ def test_any_integer_stride() -> None:
     stages = net.forward_features(points)
     assert [info.stride for info in net.feature_info] == [1, 1, 3, 6, 3, 1]
     assert int(stages["enc1"].get("grid_coord").max()) == 3
+
+
+def test_mamba_in_the_place_of_attention() -> None:
+    net, batch = build(PTv3, mixer="mamba", depth=5).eval(), clouds(40, 0, K + 1, 1, 200)
+    assert not any(isinstance(module, serialized.SerializedAttention) for module in net.modules())
+    together = net(batch)
+    assert_close(together, torch.cat([net(batch[i]) for i in range(len(batch))]), rtol=1e-4, atol=1e-5)
+    rows = torch.randperm(200, generator=torch.Generator().manual_seed(1))
+    cloud = batch[4]
+    attrs = {name: cloud.get(name)[rows] for name in ("feat", "grid_coord")}
+    assert_close(net(Points(cloud.coord[rows], cloud.offsets, attrs)), net(cloud)[rows], rtol=1e-4, atol=1e-5)
+    together.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    with pytest.raises(InputError, match="mixer: 'conv' is not attention or mamba"):
+        build(PTv3, mixer="conv")
