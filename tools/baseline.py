@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+sys.path.pop(0)  # tools/: its profile.py would hide the standard library's
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pc3d import InputError, Points

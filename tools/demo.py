@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+sys.path.pop(0)  # tools/: its profile.py would hide the standard library's
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pc3d.cli import main as pc3d

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from pc3d.bench import kernel_maps, serialize, sparse, voxelize
+from pc3d.bench import kernel_maps, scan, serialize, sparse, voxelize
 from pc3d.bench.clouds import load
 from pc3d.bench.figures import draw_growth, draw_ratios
 from pc3d.bench.timing import Timing, machine, report, table
@@ -24,6 +24,7 @@ EXAMPLES = """examples:
   tools/bench.py map --size 0.05 scan.ply sweep.bin --json runs/bench/map.json
   tools/bench.py serialize --size 0.005 --depth 16 --threads 1
   tools/bench.py sparse --threads 1 2 --only subm3_64 map --json runs/bench/sparse.json
+  tools/bench.py scan --shape 8x1024x384x16 --threads 2
   tools/bench.py sparse scan.bin:0.05:6 sweep.npz:0.1 --picture runs/bench/sparse.png
 """
 
@@ -32,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one benchmark; 0 when it ran, 2 on bad input (one line on stderr)."""
     args = _parser().parse_args(argv)
     try:
-        return _run_sparse(args) if args.op == "sparse" else _run(args)
+        special = {"sparse": _run_sparse, "scan": _run_scan}
+        return special.get(args.op, _run)(args)
     except InputError as error:
         print(f"bench {args.op}: {error}", file=sys.stderr)
         return 2
@@ -66,6 +68,19 @@ def _run_sparse(args: argparse.Namespace) -> int:
     return 0
 
 
+def _run_scan(args: argparse.Namespace) -> int:
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    print(", ".join(f"{key} {value}" for key, value in machine().items()))
+    shapes = [(1, length, 128, 16) for length in scan.LENGTHS] if args.growth else args.shape or scan.SHAPES
+    timings: list[Timing] = []
+    for shape in shapes:
+        timings += scan.bench(shape, args.rounds, args.growth)
+    print(table(timings))
+    _write_json(args.json, report(timings, args.rounds))
+    return 0
+
+
 def _write_json(target: Path | None, content: object) -> None:
     if target is None:
         return
@@ -96,6 +111,14 @@ def _parser() -> argparse.ArgumentParser:
     curves.add_argument(
         "--depth", type=int, help="bits per axis (default: what the cells need, as published models do)"
     )
+    scans = ops.add_parser("scan", help="selective scan of Mamba beside its sequential and chunked forms in torch")
+    scans.add_argument(
+        "--shape", type=scan.shape, action="append", metavar="BxLxDxN", help="may repeat (default: two of the field)"
+    )
+    scans.add_argument("--growth", action="store_true", help="the kernels alone, for lengths from 10^4 to 10^6")
+    scans.add_argument("--threads", type=_at_least(1), help="threads of torch and of the kernels (default: torch's)")
+    scans.add_argument("--rounds", type=_at_least(3), default=7, help="timed rounds, 3 or more (default 7)")
+    scans.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     return parser
 
 

@@ -12,12 +12,14 @@ import warnings
 from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Literal
 
 import torch
 
 Backend = Literal["auto", "reference"]
+_IS_BUILT = find_spec("pc3d._C") is not None
 _choice: Backend = "reference" if os.environ.get("PC3D_BACKEND") == "reference" else "auto"
 
 
@@ -45,13 +47,8 @@ def cpu_kernels(*tensors: torch.Tensor) -> ModuleType | None:
 
 
 def on_cpu_kernels(*tensors: torch.Tensor) -> bool:
-    """Whether the C++ extension will serve ``tensors``; unlike :func:`cpu_kernels`, torch.compile can trace it."""
-    return _choice != "reference" and all(t.device.type == "cpu" for t in tensors) and _is_built()
-
-
-@torch.compiler.assume_constant_result
-def _is_built() -> bool:
-    return _load() is not None
+    """Whether the C++ extension is to serve ``tensors``; unlike :func:`cpu_kernels`, torch.compile can trace it."""
+    return _IS_BUILT and _choice != "reference" and all(t.device.type == "cpu" for t in tensors)
 
 
 @contextlib.contextmanager

@@ -277,7 +277,7 @@ def _scan_backward(
 def _kernels(u: Tensor) -> ModuleType:
     kernels = cpu_kernels(u)
     if kernels is None:
-        raise RuntimeError("the kernels of the scan were switched off between forward and backward")
+        raise RuntimeError("the C++ kernels do not load, or were switched off between forward and backward")
     return kernels
 
 
@@ -368,28 +368,34 @@ def _reference(
     step = delta if delta_bias is None else delta + delta_bias
     if softplus:
         step = F.softplus(step)
-    if B.ndim == 3:
-        per_group = u.shape[1] // B.shape[1]
-        B, C = (t.repeat_interleave(per_group, 1) for t in (B, C))
-    else:
-        B, C = (t.expand(len(u), *t.shape) for t in (B, C))
     lengths = offsets.diff()
     longest_first = lengths.argsort(descending=True, stable=True)
-    first, last = offsets[:-1][longest_first], offsets[1:][longest_first] - 1
-    clouds, lengths = len(lengths), lengths[longest_first]
-    state = u.new_zeros(clouds, *_states(u, B)) if initial_state is None else initial_state[longest_first]
-    outputs, rows = [u[:0]], [first[:0]]
-    for t in range(int(lengths[0]) if clouds else 0):
-        active = int((lengths > t).sum())
-        row = last[:active] - t if reverse else first[:active] + t
-        width = step[row][..., None]
-        now = torch.exp(width * A) * state[:active] + width * B[row] * u[row][..., None]
-        outputs.append((now * C[row]).sum(-1))
-        rows.append(row)
-        state = torch.cat([now, state[active:]])
-    y = torch.cat(outputs)[torch.cat(rows).argsort()]
+    state = u.new_zeros(len(lengths), *_states(u, B)) if initial_state is None else initial_state[longest_first]
+    if len(u):
+        rows = _rows_by_step(offsets, longest_first, reverse)
+        per_step = [len(row) for row in rows]
+        along = torch.cat(rows)
+        constant, per_group = B.ndim == 2, u.shape[1] // B.shape[-2]
+        tokens = [t[along].split(per_step) for t in ((u, step) if constant else (u, step, B, C))]
+        outputs = []
+        for x, width, *coefficients in zip(*tokens, strict=True):
+            b, c = (B, C) if constant else (t.repeat_interleave(per_group, 1) for t in coefficients)
+            now = torch.exp(width[..., None] * A) * state[: len(x)] + (width * x)[..., None] * b
+            outputs.append((now * c).sum(-1))
+            state = torch.cat([now, state[len(x) :]])
+        y = torch.cat(outputs)[along.argsort()]
+    else:
+        y = u.clone()
     if D is not None:
         y = y + D * u
     if z is not None:
         y = y * F.silu(z)
     return y, state[longest_first.argsort()].clone()
+
+
+def _rows_by_step(offsets: Tensor, longest_first: Tensor, reverse: bool) -> list[Tensor]:
+    """The rows of the t-th token of every cloud that has one, clouds in the order given."""
+    first, last = offsets[:-1][longest_first], offsets[1:][longest_first] - 1
+    lengths = last - first + 1
+    active = (lengths > torch.arange(int(lengths[0]), device=lengths.device)[:, None]).sum(1).tolist()
+    return [last[:count] - t if reverse else first[:count] + t for t, count in enumerate(active)]

@@ -76,3 +76,14 @@ def test_the_generated_sweep_looks_like_lidar() -> None:
     assert 0.2 < on_ground.float().mean() < 0.95
     distances = sweep.coord[:, :2].norm(dim=1)
     assert float(distances.quantile(0.9)) / float(distances.quantile(0.1)) > 1.5, "density falls with distance"
+
+
+def test_scan_engines_agree_and_are_timed(tmp_path: Path, capsys) -> None:
+    target = tmp_path / "scan.json"
+    assert main(["scan", "--shape", "2x64x8x4", "--rounds", "3", "--json", str(target)]) == 0
+    timings = json.loads(target.read_text())["timings"]
+    assert [t["case"].split()[-1] for t in timings] == ["fwd"] * 3 + ["fwdbwd"] * 3
+    assert {t["engine"] for t in timings} == {"kernels", "torch chunked", "reference"}
+    with pytest.raises(SystemExit):
+        main(["scan", "--shape", "2x64"])
+    assert "is not BATCHxLENGTHxCHANNELSxSTATE" in capsys.readouterr().err
