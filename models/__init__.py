@@ -1,5 +1,6 @@
 """Models, one architecture per file (``backbones/``, ``heads/``); importers of published weights in ``convert/``."""
 
+from pc3d.models.backbones.litept import LitePT
 from pc3d.models.backbones.pcm import PointCloudMamba
 from pc3d.models.backbones.point_ssm import PointSSM
 from pc3d.models.backbones.ptv3 import PTv3
@@ -7,4 +8,4 @@ from pc3d.models.backbones.sonata import Sonata
 from pc3d.models.backbones.sparse_unet import SparseUNet
 from pc3d.models.backbones.utonia import Utonia
 
-__all__ = ["PTv3", "PointCloudMamba", "PointSSM", "Sonata", "SparseUNet", "Utonia"]
+__all__ = ["LitePT", "PTv3", "PointCloudMamba", "PointSSM", "Sonata", "SparseUNet", "Utonia"]

@@ -7,16 +7,14 @@ Modules carry the names of the published checkpoints; :mod:`pc3d.models.convert`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Literal
 
-from torch import nn
-
 from pc3d.errors import InputError
 from pc3d.nn.attention import Backend
-from pc3d.nn.norm import ConditionalNorm, ConditionalSequential, PointBatchNorm, PointLayerNorm
+from pc3d.nn.norm import ConditionalNorm, PointBatchNorm, PointLayerNorm
 from pc3d.nn.serialized import (
+    ConvEmbedding,
     DeterministicOrders,
     NormFactory,
     SerializedAttention,
@@ -25,36 +23,10 @@ from pc3d.nn.serialized import (
     SerializedPooling,
     SerializedUNet,
     Stage,
-    Tokens,
     Unpooling,
     stages,
 )
 from pc3d.ops.serialize import CURVES, Curve
-from pc3d.sparse import SubMConv3d
-
-
-class Stem(nn.Module):
-    """``GELU(BN(conv(x)))`` with a 5^3 submanifold convolution."""
-
-    def __init__(self, in_channels: int, channels: int, norm: NormFactory) -> None:
-        super().__init__()
-        self.conv = SubMConv3d(in_channels, channels, 5, bias=False)
-        # One layer, named as in the checkpoints; a conditional norm gets its condition from the sequence.
-        self.norm = norm(channels)
-        self.act = nn.GELU()
-
-    def forward(self, tokens: Tokens) -> Tokens:
-        feat = self.conv(tokens.level.voxels.with_feat(tokens.feat)).feat
-        feat = ConditionalSequential(self.norm, self.act)(feat, tokens.level.condition)
-        return replace(tokens, feat=feat)
-
-
-class Embedding(nn.Sequential):
-    """The stem under its published name."""
-
-    def __init__(self, in_channels: int, channels: int, norm: NormFactory) -> None:
-        super().__init__()
-        self.stem = Stem(in_channels, channels, norm)
 
 
 class PTv3(SerializedUNet):
@@ -171,7 +143,7 @@ class PTv3(SerializedUNet):
         def down(index: int, narrow: int, wide: int) -> SerializedPooling:
             return SerializedPooling(narrow, wide, stride[index], batch_norm, deterministic_orders)
 
-        self.embedding = Embedding(in_channels, enc_channels[0], batch_norm)
+        self.embedding = ConvEmbedding(in_channels, enc_channels[0], batch_norm)
         self.build(
             stages("enc", enc_depths, enc_channels, enc_num_head, enc_patch_size),
             [] if enc_mode else stages("dec", dec_depths, dec_channels, dec_num_head, dec_patch_size),

@@ -623,6 +623,30 @@ def _rates(stages: Sequence[Stage], largest: float) -> list[list[float]]:
     return [part.tolist() for part in rates.split(depths)]
 
 
+class ConvStem(nn.Module):
+    """``GELU(BN(conv(x)))`` with a 5^3 submanifold convolution."""
+
+    def __init__(self, in_channels: int, channels: int, norm: NormFactory) -> None:
+        super().__init__()
+        self.conv = SubMConv3d(in_channels, channels, 5, bias=False)
+        # One layer, named as in the checkpoints; a conditional norm gets its condition from the sequence.
+        self.norm = norm(channels)
+        self.act = nn.GELU()
+
+    def forward(self, tokens: Tokens) -> Tokens:
+        feat = self.conv(tokens.level.voxels.with_feat(tokens.feat)).feat
+        feat = ConditionalSequential(self.norm, self.act)(feat, tokens.level.condition)
+        return replace(tokens, feat=feat)
+
+
+class ConvEmbedding(nn.Sequential):
+    """The stem under its published name."""
+
+    def __init__(self, in_channels: int, channels: int, norm: NormFactory) -> None:
+        super().__init__()
+        self.stem = ConvStem(in_channels, channels, norm)
+
+
 class LinearStem(nn.Module):
     """``GELU(LN(Linear(x)))``."""
 

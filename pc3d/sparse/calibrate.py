@@ -28,6 +28,7 @@ SHELL_FIELDS = (2, 4, 6, 8, 11, 14, 20)
 WIDTHS = (16, 32, 64, 128, 256)
 TABLE_WIDTHS = (16, 32, 64, 96, 128, 256)
 SIZES = range(8, 23, 2)
+NEAR_TIE = 1.15
 _MODEL_FLOW = {"os": Flow.OUTPUT_GATHER, "ws": Flow.WEIGHT, "fod": Flow.FETCH_ON_DEMAND}
 
 Progress = Callable[[str, float], None]
@@ -302,11 +303,16 @@ def _fill(
         for cin, cout, log2 in product(widths, widths, SIZES):
             layer, scale = Layer(cin, cout, dtype.itemsize), 1.5 * 2**log2 / kernel_map.num_out
             for op, choices in ways.items():
-                best, *others = ranked(table, op, choices, kernel_map, layer, scale)
-                choice = replace(best[0], microseconds=round(best[1].seconds * 1e6, 1))
+                plans = ranked(table, op, choices, kernel_map, layer, scale)
+                # The model is off by more than a near tie: there the first of the ways is the safe one.
+                near = [way for way, plan in plans if plan.seconds <= NEAR_TIE * plans[0][1].seconds]
+                taken = choices[0] if choices[0] in near else plans[0][0]
+                seconds = {way: plan.seconds for way, plan in plans}
+                choice = replace(taken, microseconds=round(seconds[taken] * 1e6, 1))
+                others = [way for way, _ in plans if way != taken]
                 if others:
-                    margin = round(others[0][1].seconds / best[1].seconds - 1, 3)
-                    choice = replace(choice, second_best=others[0][0].name, margin=margin)
+                    margin = round(seconds[others[0]] / seconds[taken] - 1, 3)
+                    choice = replace(choice, second_best=others[0].name, margin=margin)
                 key = key_of(op, kernel_map, cin, cout, dtype)
                 outputs = kernel_map.num_in if op is Pass.INPUT_GRAD else kernel_map.num_out
                 size = min(max(int(outputs * scale).bit_length() - 1, SIZES[0]), SIZES[-1])
@@ -340,7 +346,7 @@ def calibrate(
     """Measure a machine and fill its table.
 
     Args:
-        ways: the flows to choose from, per pass.
+        ways: the flows to choose from, per pass; the first is taken unless another is faster by ``NEAR_TIE``.
         device: ``cpu`` (with as many threads as torch has now) or ``cuda``.
         dtype: element type of features and weights.
         effort: how much to measure.

@@ -42,7 +42,7 @@ class Choice:
         window, splits: sorting by masks, see :class:`pc3d.sparse.dataflow.Tiling`.
         microseconds: modelled time; 0 for a forced flow.
         second_best: the runner-up, as ``flow`` or ``flow@tile``; empty if there is none.
-        margin: how much longer the runner-up takes, as a share.
+        margin: how much longer the runner-up takes, as a share; below 0 where the usual flow was kept in a near tie.
     """
 
     flow: str
