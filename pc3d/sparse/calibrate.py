@@ -374,7 +374,7 @@ def calibrate(
     table.fitted_error = _error_of(table, runs)
     _fill(table, ways, dtype, effort, progress)
     progress("filling the table", 1.0)
-    return replace(table, _axes={})  # the axes of the look-up follow from the choices
+    return replace(table, _axes={}, _found={})  # what look-ups need follows from the choices
 
 
 def _raise_bandwidths(table: DataflowTable, runs: Sequence[Run]) -> None:

@@ -136,6 +136,7 @@ class DataflowTable:
     fitted_error: dict[str, float]
     path: Path | None = None
     _axes: dict[tuple[object, ...], list[int]] = field(default_factory=dict, repr=False)
+    _found: dict[Key, tuple[Choice, bool] | None] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         for key in self.table:
@@ -149,8 +150,14 @@ class DataflowTable:
     def look_up(self, key: Key) -> tuple[Choice, bool] | None:
         """The choice of the nearest bin, and whether it is the very bin; None if the table lacks the pass or dtype.
 
-        Goes down one axis after the other (kernel, widths, ARF, voxels), each time to the nearest value there is.
+        Goes down one axis after the other (kernel, widths, ARF, voxels), each time to the nearest value there is; what
+        was found is remembered.
         """
+        if key not in self._found:
+            self._found[key] = self._nearest(key)
+        return self._found[key]
+
+    def _nearest(self, key: Key) -> tuple[Choice, bool] | None:
         branch: tuple[object, ...] = (key.dtype, key.op)
         exact = True
         for place, wanted in enumerate((key.volume, key.in_channels, key.out_channels, key.field_bin, key.size_bin)):
