@@ -139,7 +139,7 @@ def test_the_model_names_a_time_for_every_flow(table: DataflowTable) -> None:
 
 def test_a_near_tie_keeps_the_usual_flow(table: DataflowTable) -> None:
     kept = [(key, choice) for key, choice in table.table.items() if choice.margin < 0]
-    assert all(choice.name == REAL_FLOWS[Pass(key.op)][0].name and choice.margin > -0.2 for key, choice in kept)
+    assert all(choice.name == REAL_FLOWS[Pass(key.op)][0].name and choice.margin > -0.5 for key, choice in kept)
     others = [choice for key, choice in table.table.items() if choice.name != REAL_FLOWS[Pass(key.op)][0].name]
     assert all(choice.margin >= 0 for choice in others)
 
