@@ -18,6 +18,7 @@ COMMANDS: dict[str, str] = {
     "test": "score a checkpoint on the test clouds",
     "predict": "label your own clouds with a checkpoint",
     "export": "convert clouds, or a checkpoint to safetensors",
+    "convert": "published checkpoints to ours, and back",
     "view": "look at a cloud, or render it to a picture",
     "data": "check a folder of clouds before training on it",
     "dataflow": "measure this machine for the sparse layers",

@@ -304,7 +304,7 @@ def _fill(
             layer, scale = Layer(cin, cout, dtype.itemsize), 1.5 * 2**log2 / kernel_map.num_out
             for op, choices in ways.items():
                 plans = ranked(table, op, choices, kernel_map, layer, scale)
-                # Measured, tile sizes differ less than the model says: only a clear gain is worth leaving the usual way.
+                # Measured, tile sizes differ less than the model says: only a clear gain leaves the usual way.
                 near = [way for way, plan in plans if plan.seconds <= NEAR_TIE * plans[0][1].seconds]
                 taken = choices[0] if choices[0] in near else plans[0][0]
                 seconds = {way: plan.seconds for way, plan in plans}

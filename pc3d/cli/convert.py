@@ -1,0 +1,139 @@
+"""``pc3d convert``: published checkpoints to the format of this package, and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pc3d.cli.parser import Parser
+from pc3d.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from pc3d.models.convert import KernelLayout
+    from pc3d.nn import Backbone
+    from pc3d.tasks import SemanticSegmentation
+
+EXAMPLES = """\
+  pc3d convert model_best.pth ptv3.safetensors --config my_ptv3.yaml
+  pc3d convert encoder.pth encoder.safetensors --config my_sonata.yaml
+  pc3d convert ptv3.safetensors back.pth
+
+The config says what the file is a checkpoint of: backbone, classes and pipeline. It may be a training config; no data
+is read. Names and shapes must fit exactly, and what does not is listed. The result works like any export: with predict
+and test, and as --init_from of a training. To .pth, a checkpoint of this package gets the published names back."""
+
+
+def main(arguments: list[str]) -> int:
+    parser = Parser("convert", "Convert checkpoints of Pointcept, Sonata, Utonia, LitePT and flemme.", EXAMPLES)
+    parser.add_argument("input", metavar="INPUT", help="a published .pth; or a checkpoint of this package to go back")
+    parser.add_argument("output", metavar="OUT", help=".safetensors, or .pth to go back")
+    parser.add_argument("--config", metavar="FILE", help="experiment whose model the published file holds")
+    parser.add_argument("--layout", metavar="NAME", help="how kernels are stored: krsc, rsck, ...; default: detect")
+    parser.add_argument("--trust", action="store_true", help="run code inside the file (your own file only)")
+    options, overrides = parser.parse_known_args(arguments)
+    source, target = Path(options.input), Path(options.output)
+    if target.suffix == ".pth":
+        written = [to_published(source, target, options)]
+    elif target.suffix == ".safetensors":
+        written = from_published(source, target, options, overrides)
+    else:
+        raise InputError(f"{target}: the output is .safetensors, or .pth to get published names back")
+    print("wrote " + " and ".join(map(str, written)))
+    return 0
+
+
+def from_published(source: Path, target: Path, options: Any, overrides: list[str]) -> list[Path]:
+    """Weights and card of a published file, for the model of a config."""
+    if options.config is None:
+        raise InputError(f"{source}: --config is needed: it says what model the file holds")
+    from pc3d.cli.experiment import Experiment
+    from pc3d.cli.runs import Run
+    from pc3d.tasks import read_checkpoint, save_export
+    from pc3d.tasks.checkpoint import CARD, make_card
+
+    checkpoint = read_checkpoint(source, options.trust)
+    words = ["--config", options.config, *overrides]
+    experiment = Experiment(words, lambda config: Run(target.parent), program="pc3d convert")
+    task, data = experiment.model, experiment.datamodule
+    task.pipeline, task.palette, task.label_map = data.pipeline, data.dataset.palette, data.dataset.label_map
+    layout, with_head = _load(checkpoint["state_dict"], task, source, options.layout)
+    print(f"{source}: {type(task.backbone).__name__}{f', kernels {layout.name}' if layout else ''}")
+    if not with_head:
+        print("the file has no head: its classes start anew (train with --init_from before you predict)")
+    return list(save_export(target, {"state_dict": task.state_dict(), CARD: make_card(task)}))
+
+
+def to_published(source: Path, target: Path, options: Any) -> Path:
+    """The published state of a checkpoint of this package, in a file of plain tensors."""
+    import torch
+
+    from pc3d.io.atomic import atomic_write
+    from pc3d.models import SparseUNet
+    from pc3d.models.convert import KernelLayout, export_pointcept, export_sparse_unet
+    from pc3d.tasks import load_task
+
+    task, _, _ = load_task(source, options.trust)
+    head, layout = _linear_head(task), _layout(options.layout) or KernelLayout.KRSC
+    if isinstance(task.backbone, SparseUNet):
+        state = export_sparse_unet(task.backbone, head, layout)
+    elif _is_pointcept(task.backbone):
+        state = export_pointcept(task.backbone, head, layout)
+    else:
+        raise InputError(f"{source}: {type(task.backbone).__name__} cannot be written with its published names")
+    with atomic_write(target) as temporary:
+        torch.save({"state_dict": state}, temporary)
+    return target
+
+
+def _load(
+    state: dict[str, Tensor], task: SemanticSegmentation, source: Path, layout_name: str | None
+) -> tuple[KernelLayout | None, bool]:
+    """Fill the task's backbone and, if the file has one, its head; the layout of kernels, and whether it had one."""
+    from pc3d.models import PointSSM, SparseUNet
+    from pc3d.models.convert import import_point_ssm, import_pointcept, import_sparse_unet
+
+    published = {"seg_head.", "final.", "classifier.", "decoder.final."}
+    names = [name.removeprefix("module.").removeprefix("backbone.") for name in state]
+    with_head = any(name.startswith(tuple(published)) for name in names)
+    head, layout = _linear_head(task) if with_head else None, _layout(layout_name)
+    try:
+        if isinstance(task.backbone, SparseUNet):
+            return import_sparse_unet(state, task.backbone, head, layout), with_head
+        if isinstance(task.backbone, PointSSM):
+            import_point_ssm(state, task.backbone, head)
+            return None, with_head
+        if _is_pointcept(task.backbone):
+            return import_pointcept(state, task.backbone, head, layout), with_head
+    except InputError as error:
+        raise InputError(str(error).replace("checkpoint:", f"{source}:", 1)) from None
+    raise InputError(f"{source}: there is no importer for {type(task.backbone).__name__} on the command line")
+
+
+def _is_pointcept(backbone: Backbone) -> bool:
+    from pc3d.nn.serialized import SerializedUNet
+
+    return isinstance(backbone, SerializedUNet)
+
+
+def _linear_head(task: SemanticSegmentation) -> nn.Linear:
+    from pc3d.tasks.heads import LinearHead
+
+    if not isinstance(task.head, LinearHead):
+        raise InputError(
+            f"model.head: published files end in a linear layer, the config asks for {type(task.head).__name__}"
+        )
+    return task.head.linear
+
+
+def _layout(name: str | None) -> KernelLayout | None:
+    from pc3d.models.convert import KernelLayout
+
+    if name is None:
+        return None
+    if name.upper() not in KernelLayout.__members__:
+        raise InputError(
+            f"--layout {name}: not one of {', '.join(member.lower() for member in KernelLayout.__members__)}"
+        )
+    return KernelLayout[name.upper()]
