@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
         arguments = [*TESTS, *arguments]
     # Python's output is captured, the sanitizers' reports are not.
     pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--capture=sys", *arguments]
-    paths = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "tools"), os.environ.get("PYTHONPATH"))))
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": paths, "PYTHONMALLOC": "malloc"}
     environment |= {
         _EXTENSION: str(build()),
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:detect_odr_violation=0",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
     }
-    return subprocess.call([*pytest, "-p", "sanitize", "-o", "timeout=0"], cwd=ROOT, env=environment)
+    return subprocess.call([*pytest, "-p", "tools.sanitize", "-o", "timeout=0"], cwd=ROOT, env=environment)
 
 
 def build() -> Path:
