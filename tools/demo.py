@@ -36,7 +36,9 @@ def main(overrides: Sequence[str]) -> int:
         return status
     cloud, labelled, picture = RUN / "room.ply", RUN / "prediction.ply", RUN / "pictures" / "prediction.png"
     write_unlabelled_room(cloud)
-    checkpoint = RUN / "checkpoints" / "best.ckpt"
+    # A run too short to be validated has no best.ckpt.
+    names = RUN / "checkpoints" / "best.ckpt", RUN / "checkpoints" / "last.ckpt"
+    checkpoint = next(path for path in names if path.is_file())
     for command in (
         ["predict", str(cloud), "--ckpt", str(checkpoint), "-o", str(labelled)],
         ["view", str(labelled), "--color", "rgb", "--screenshot", str(picture)],
