@@ -56,6 +56,40 @@ class Loss(nn.Module, Configurable, ABC):
             )
 
 
+class FeatureLoss(nn.Module, Configurable, ABC):
+    """``loss_weight`` times a scalar of point features, used while training only.
+
+    A task calls :meth:`build` once, when it knows the backbone and the classes.
+
+    Args:
+        loss_weight: factor on the result.
+        ignore_index: class value of points that do not count.
+    """
+
+    def __init__(self, loss_weight: float = 1.0, ignore_index: int = -1) -> None:
+        super().__init__()
+        self.loss_weight = loss_weight
+        self.ignore_index = ignore_index
+
+    @abstractmethod
+    def build(self, in_channels: int, num_classes: int) -> None:
+        """Make parameters and buffers for ``(N, in_channels)`` features of ``num_classes`` classes."""
+
+    def forward(self, features: Tensor, target: Tensor, prediction: Tensor) -> Tensor:
+        """Scalar loss.
+
+        Args:
+            features: ``(N, C)`` floating point.
+            target: ``(N,)`` int64, classes or ``ignore_index``.
+            prediction: ``(N,)`` int64 classes predicted.
+        """
+        return self.loss_weight * self.compute(features, target, prediction)
+
+    @abstractmethod
+    def compute(self, features: Tensor, target: Tensor, prediction: Tensor) -> Tensor:
+        """The loss before ``loss_weight``."""
+
+
 def class_weights(weight: list[float] | None) -> Tensor | None:
     """Class weights as a float32 tensor."""
     return None if weight is None else torch.tensor(weight, dtype=torch.float32)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 CARD = "pc3d_card"
 CARD_FORMAT = 1
 _REQUIRED = ("task", "pipeline", "class_names", "palette", "label_map", "seed")
+_LOSSES = ("criteria.", "feature_criteria.")
 Card = dict[str, Any]
 
 
@@ -337,7 +338,7 @@ def init_weights(task: SemanticSegmentation, path: str | Path, strict: bool = Fa
         path=str(path),
         loaded=[name for name in own if name in fits],
         missing=[name for name in own if name not in state],
-        unused=[name for name in state if name not in own and not name.startswith("criteria.")],
+        unused=[name for name in state if name not in own and not name.startswith(_LOSSES)],
         reshaped=[f"{n} {tuple(state[n].shape)} (here {tuple(own[n].shape)})" for n in wrong],
         notes=_init_notes(task, checkpoint.get(CARD)),
     )
@@ -360,6 +361,8 @@ def _init_notes(task: SemanticSegmentation, card: Card | None) -> list[str]:
 def save_export(path: str | Path, checkpoint: Mapping[str, Any]) -> tuple[Path, Path]:
     """Write weights and card of a checkpoint as ``.safetensors`` and ``.json``: no pickle, nothing of the training run.
 
+    Losses of features, which only training uses, are left out.
+
     Args:
         path: the ``.safetensors`` file; the card gets the same name with ``.json``.
         checkpoint: as returned by :func:`read_checkpoint`.
@@ -374,7 +377,14 @@ def save_export(path: str | Path, checkpoint: Mapping[str, Any]) -> tuple[Path, 
 
     weights_path = Path(path).with_suffix(".safetensors")
     card = card_of(checkpoint, path)
-    state = {name: value.detach().cpu().clone().contiguous() for name, value in checkpoint["state_dict"].items()}
+    arguments = card["task"]["init_args"]
+    if arguments.get("feature_criteria"):
+        card = {**card, "task": {**card["task"], "init_args": {**arguments, "feature_criteria": None}}}
+    state = {
+        name: value.detach().cpu().clone().contiguous()
+        for name, value in checkpoint["state_dict"].items()
+        if not name.startswith("feature_criteria.")
+    }
     with atomic_write(weights_path) as temporary:
         save_file(state, temporary, metadata={"format": "pt"})
     write_json(weights_path.with_suffix(".json"), card)

@@ -16,7 +16,7 @@ from pc3d.config import Configurable
 from pc3d.data.pipeline import Pipeline
 from pc3d.data.transforms import Transform
 from pc3d.errors import InputError
-from pc3d.losses import CrossEntropy, Loss
+from pc3d.losses import CrossEntropy, FeatureLoss, Loss
 from pc3d.metrics import SegmentationMetrics, SegmentationScores
 from pc3d.nn.backbone import Backbone
 from pc3d.points import Points
@@ -42,6 +42,7 @@ class SemanticSegmentation(pl.LightningModule, Configurable):
         class_names: name of class 0, 1, ...
         head: features to logits, default one linear layer.
         criteria: losses, summed (each holds its own ``loss_weight``), default cross-entropy.
+        feature_criteria: losses of the backbone's features, added while training; no part of the exported model.
         optimizer: optimizer and its parameter groups.
         schedule: learning rate over the optimizer steps.
         ema_decay: keep a moving average of the weights with this decay per step; it is what is validated, tested and
@@ -59,6 +60,7 @@ class SemanticSegmentation(pl.LightningModule, Configurable):
         class_names: list[str],
         head: SegmentationHead | None = None,
         criteria: list[Loss] | None = None,
+        feature_criteria: list[FeatureLoss] | None = None,
         optimizer: OptimizerConfig = _ADAMW,
         schedule: ScheduleConfig = _ONECYCLE,
         ema_decay: float | None = None,
@@ -80,6 +82,9 @@ class SemanticSegmentation(pl.LightningModule, Configurable):
         self.class_names = list(class_names)
         self.head = LinearHead(backbone.out_channels, len(class_names)) if head is None else head
         self.criteria = nn.ModuleList(criteria or [CrossEntropy()])
+        self.feature_criteria = nn.ModuleList(feature_criteria or [])
+        for criterion in feature_criteria or []:
+            criterion.build(backbone.out_channels, len(class_names))
         self.train_metrics = SegmentationMetrics(len(class_names))
         self.val_metrics = SegmentationMetrics(len(class_names))
         self.test_metrics = SegmentationMetrics(len(class_names))
@@ -146,8 +151,13 @@ class SemanticSegmentation(pl.LightningModule, Configurable):
 
     def training_step(self, batch: Points, batch_idx: int) -> Tensor:
         self._reseed(self.current_epoch, batch_idx)
-        logits = self(batch)
-        loss = self._loss(logits, batch.get("segment"), "train", len(batch))
+        features = self.backbone(batch)
+        logits, target = self.head(features, batch), batch.get("segment")
+        loss = self._loss(logits, target, "train", len(batch))
+        for criterion in self.feature_criteria:
+            value = criterion(features, target, logits.detach().argmax(1))
+            self.log(f"train/loss_{type(criterion).__name__}", value, batch_size=len(batch))
+            loss = loss + value
         self.train_metrics.update(logits.detach().argmax(1), batch.get("segment"))
         for group in self.trainer.optimizers[0].param_groups:
             name = "lr" if group["name"] == "rest" else f"lr/{group['name']}"

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 from tiny import ALLOW, CLASSES, TinyBackbone, TinyData, cloud, pipeline, tiny_task, trainer
 
 from pc3d import InputError
 from pc3d.data.pipeline import Pipeline
 from pc3d.data.transforms import RandomScale
-from pc3d.losses import CrossEntropy
+from pc3d.losses import ClusterContrast, CrossEntropy
 from pc3d.tasks import (
     MismatchError,
     OptimizerConfig,
@@ -239,3 +240,24 @@ def test_a_model_that_cannot_be_described_fails_before_training(tmp_path: Path) 
     task = SemanticSegmentation(Odd(), CLASSES)
     with pytest.raises(InputError, match="card cannot describe this model"):
         trainer(tmp_path).fit(task, TinyData())
+
+
+def test_feature_losses_train_and_resume_but_are_not_exported(tmp_path: Path) -> None:
+    def task() -> SemanticSegmentation:
+        losses = [ClusterContrast(clusters=4, projection=(8,), memory=5)]
+        return tiny_task(feature_criteria=losses)
+
+    path = tmp_path / "epoch=1.ckpt"
+    whole, resumed = task(), task()
+    saving = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    trainer(tmp_path, callbacks=[saving]).fit(whole, TinyData())
+    trainer(tmp_path).fit(resumed, TinyData(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    assert resumed.feature_criteria[0].memory_count.any()  # type: ignore[union-attr]
+    weights, card_path = save_export(tmp_path / "model.safetensors", read_checkpoint(path))
+    assert not [name for name in read_checkpoint(weights)["state_dict"] if "feature_criteria" in name]
+    assert json.loads(card_path.read_text())["task"]["init_args"]["feature_criteria"] is None
+    loaded, _, _ = load_task(weights, allow=ALLOW)
+    points = cloud(30)
+    assert torch.equal(predict_cloud(loaded, pipeline(), points), predict_cloud(resumed.eval(), pipeline(), points))
