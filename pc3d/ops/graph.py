@@ -1,0 +1,353 @@
+"""Graph segmentation: neighbour graphs, normals, edge weights and the Felzenszwalb-Huttenlocher merge.
+
+The segments that Segment-Fusion (Thyagharajan et al. 2022, arXiv 2111.08434, stage 1) fuses. The paper names a graph
+segmentation and no more; weights, thresholds and sizes here are our own design, after the over-segmentation that comes
+with ScanNet. On the CPU the C++ kernels serve; every result is the same for any number of threads.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pc3d.ops.backend import cpu_kernels
+from pc3d.ops.neighbours import knn
+from pc3d.ops.segment import segment_max, segment_mean
+
+
+def estimate_normals(coord: Tensor, offsets: Tensor, neighbours: int | Tensor = 16) -> Tensor:
+    """``(N, 3)`` float32 unit normals: the direction in which the nearest points spread least.
+
+    A normal points to the middle of its cloud (mean of its points).
+
+    Args:
+        coord: ``(N, 3)`` float32; ``offsets (S + 1,)`` int64 their clouds.
+        neighbours: how many nearest points, the point itself among them; or their rows ``(N, K)`` int64, -1 for none.
+    """
+    rows = knn(coord, offsets, coord, offsets, neighbours)[0] if isinstance(neighbours, int) else neighbours
+    center = _centers(coord, offsets)
+    kernels = cpu_kernels(coord, rows)
+    if kernels is not None:
+        out = torch.empty_like(coord, memory_format=torch.contiguous_format)
+        kernels.graph_normals(coord.detach().contiguous(), rows.contiguous(), center, out)
+        return out
+    near = (rows >= 0).double()[..., None]
+    around = (coord.double()[rows.clamp(min=0)] - coord.double()[:, None]) * near
+    around = (around - around.sum(1, keepdim=True) / near.sum(1, keepdim=True)) * near
+    normal = torch.linalg.eigh(around.transpose(1, 2) @ around)[1][..., 0]
+    toward = (normal * (center.double() - coord.double())).sum(1, keepdim=True)
+    return torch.where(toward < 0, -normal, normal).float()
+
+
+def _centers(coord: Tensor, offsets: Tensor) -> Tensor:
+    """``(N, 3)`` mean of the cloud of each point, summed in float64 point by point."""
+    means = [coord[a:b].double().mean(0, keepdim=True) for a, b in itertools.pairwise(offsets.tolist())]
+    if not means:
+        return torch.empty_like(coord)
+    return torch.cat(means).float().repeat_interleave(offsets.diff().to(coord.device), 0, output_size=len(coord))
+
+
+def neighbour_edges(neighbours: Tensor, k: int) -> Tensor:
+    """``(M, 2)`` int64 edges ``i < j``, each once and sorted: j is one of the k nearest of i, or i one of j's.
+
+    Args:
+        neighbours: ``(N, K)`` int64 rows of the nearest points, nearest first, -1 for none; a row itself is skipped.
+        k: neighbours that count.
+    """
+    kernels = cpu_kernels(neighbours)
+    if kernels is not None:
+        return kernels.graph_edges(neighbours.contiguous(), k)
+    own = torch.arange(len(neighbours), device=neighbours.device)[:, None]
+    other = (neighbours >= 0) & (neighbours != own)
+    other &= other.cumsum(1) <= k
+    a, b = own.expand_as(neighbours)[other], neighbours[other]
+    size = max(len(neighbours), 1)
+    keys = (torch.minimum(a, b) * size + torch.maximum(a, b)).unique()
+    return torch.stack([keys.div(size, rounding_mode="floor"), keys % size], 1)
+
+
+def edge_weights(coord: Tensor, normal: Tensor, edges: Tensor) -> Tensor:
+    """``(M,)`` float32 ``1 - n_i . n_j``, squared where the edge is convex (``n_j . (x_j - x_i) > 0``), at least 0.
+
+    Args:
+        coord, normal: ``(N, 3)`` float32.
+        edges: ``(M, 2)`` int64.
+    """
+    kernels = cpu_kernels(coord, normal, edges)
+    if kernels is not None:
+        out = coord.new_empty(len(edges))
+        kernels.graph_weights(*(t.detach().contiguous() for t in (coord, normal, edges)), out)
+        return out
+    i, j = edges.unbind(1)
+    weight = 1 - _dot(normal[i], normal[j])
+    convex = _dot(normal[j], coord[j] - coord[i]) > 0
+    return torch.where(convex, weight * weight, weight).clamp(min=0)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    products = a * b
+    return (products[:, 0] + products[:, 1]) + products[:, 2]
+
+
+def merge_graph(edges: Tensor, weights: Tensor, num_points: int, k: float = 0.05, min_size: int = 20) -> Tensor:
+    """Felzenszwalb-Huttenlocher merge of a weighted graph.
+
+    Edges are taken in ascending weight, ties by row. Two components join if the weight exceeds neither's threshold,
+    which then becomes ``weight + k / size`` (``k`` for a single point). In a second round over the same edges, a
+    component below ``min_size`` joins what it touches; one that touches nothing stays.
+
+    Args:
+        edges: ``(M, 2)`` int64 rows of points.
+        weights: ``(M,)`` float32, compared with float64 thresholds.
+        num_points: N.
+        k: larger values give larger segments.
+        min_size: points; 1 switches the second round off.
+
+    Returns:
+        ``(N,)`` int64 segment of each point, numbered by first occurrence, on the device of ``edges``.
+
+    Raises:
+        ValueError: if shapes do not fit, an edge names no point, or a weight is NaN.
+    """
+    if edges.ndim != 2 or edges.shape[1] != 2 or weights.shape != edges.shape[:1]:
+        raise ValueError(f"edges must be (M, 2) and weights (M,), got {tuple(edges.shape)} and {tuple(weights.shape)}")
+    if len(edges) and (int(edges.min()) < 0 or int(edges.max()) >= num_points):
+        raise ValueError(f"an edge names a point outside 0..{num_points - 1}")
+    if bool(weights.isnan().any()):
+        raise ValueError(f"{int(weights.isnan().sum())} edge weights are NaN")
+    device = edges.device
+    edges, weights = edges.detach().cpu().contiguous(), weights.detach().float().cpu().contiguous()
+    kernels = cpu_kernels(edges)
+    if kernels is not None:
+        labels = torch.empty(num_points, dtype=torch.int64)
+        kernels.graph_merge(edges, weights, k, min_size, labels)
+        return labels.to(device)
+    return _merge_reference(edges, weights, num_points, k, min_size).to(device)
+
+
+def _merge_reference(edges: Tensor, weights: Tensor, num_points: int, k: float, min_size: int) -> Tensor:
+    parent, size, threshold = list(range(num_points)), [1] * num_points, [k] * num_points
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    def join(a: int, b: int) -> int:
+        if size[a] < size[b]:
+            a, b = b, a
+        parent[b] = a
+        size[a] += size[b]
+        return a
+
+    ordered = [(*edges[row].tolist(), float(weights[row])) for row in weights.argsort(stable=True).tolist()]
+    for i, j, weight in ordered:
+        a, b = root(i), root(j)
+        if a != b and weight <= threshold[a] and weight <= threshold[b]:
+            joined = join(a, b)
+            threshold[joined] = weight + k / size[joined]
+    for i, j, _ in ordered:
+        a, b = root(i), root(j)
+        if a != b and (size[a] < min_size or size[b] < min_size):
+            join(a, b)
+    return renumber(torch.tensor([root(i) for i in range(num_points)], dtype=torch.int64))
+
+
+def renumber(labels: Tensor) -> Tensor:
+    """``(N,)`` int64 labels numbered 0, 1, ... in the order of their first occurrence."""
+    if not len(labels):
+        return labels
+    values, inverse = labels.unique(return_inverse=True)
+    first = torch.full((len(values),), len(labels), dtype=torch.int64, device=labels.device)
+    first.scatter_reduce_(0, inverse, torch.arange(len(labels), device=labels.device), "amin")
+    return first.argsort().argsort()[inverse]
+
+
+def graph_segments(
+    coord: Tensor,
+    offsets: Tensor,
+    normal: Tensor | None = None,
+    edges: Tensor | None = None,
+    neighbours: int = 10,
+    normal_neighbours: int = 16,
+    k: float = 0.05,
+    min_size: int = 20,
+    color: Tensor | None = None,
+    color_weight: float = 0.0,
+    probabilities: Tensor | None = None,
+    semantic_weight: float = 0.0,
+) -> Tensor:
+    """Segments of packed clouds; the same ones (but for their numbers) for points in any order.
+
+    The weight of an edge is :func:`edge_weights`, plus ``color_weight |c_i - c_j|^2`` of colours in 0..1, plus
+    ``semantic_weight (1 - p_i . p_j)``.
+
+    Args:
+        coord: ``(N, 3)`` float32; ``offsets (S + 1,)`` int64 their clouds.
+        normal: ``(N, 3)`` unit normals; estimated from ``normal_neighbours`` nearest points by default.
+        edges: ``(M, 2)`` int64, of a mesh, any order and direction; by default those of the ``neighbours`` nearest
+            points.
+        k, min_size: see :func:`merge_graph`; 0.05 and 20 suit rooms sampled at 2-5 cm, 0.2 and 50 lidar.
+        color: ``(N, 3)`` colours 0..255.
+        probabilities: ``(N, C)`` of a classifier.
+
+    Returns:
+        ``(N,)`` int64, numbered by first occurrence; a segment lies in one cloud.
+
+    Raises:
+        ValueError: if coordinates are not finite, an edge is wrong, or a weight asks for a missing attribute.
+    """
+    if (color_weight and color is None) or (semantic_weight and probabilities is None):
+        raise ValueError("color_weight needs colours and semantic_weight probabilities")
+    order = _canonical_order(coord, offsets)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    coord = coord.detach()[order].contiguous()
+    found = None
+    if edges is None or normal is None:
+        reach = max(neighbours + 1 if edges is None else 1, normal_neighbours if normal is None else 1)
+        found = knn(coord, offsets, coord, offsets, reach)[0]
+    if normal is None:
+        assert found is not None
+        normal = estimate_normals(coord, offsets, found[:, :normal_neighbours])
+    else:
+        normal = normal.float()[order]
+    if edges is None:
+        assert found is not None
+        edges = neighbour_edges(found[:, : neighbours + 1], neighbours)
+    else:
+        edges = _sorted_edges(place[edges], len(coord))
+    weights = edge_weights(coord, normal, edges)
+    i, j = edges.unbind(1)
+    if color is not None and color_weight:
+        shade = color.float()[order] / 255
+        weights = weights + color_weight * (shade[i] - shade[j]).square().sum(1)
+    if probabilities is not None and semantic_weight:
+        share = probabilities.float()[order]
+        weights = weights + semantic_weight * (1 - (share[i] * share[j]).sum(1))
+    return renumber(merge_graph(edges, weights, len(coord), k, min_size)[place])
+
+
+def _canonical_order(coord: Tensor, offsets: Tensor) -> Tensor:
+    """Rows sorted by cloud, x, y, z: an order that does not depend on the one given."""
+    order = torch.arange(len(coord), device=coord.device)
+    for column in (coord[:, 2], coord[:, 1], coord[:, 0]):
+        order = order[column[order].argsort(stable=True)]
+    cloud = torch.repeat_interleave(offsets.diff().to(coord.device), output_size=len(coord))
+    return order[cloud[order].argsort(stable=True)] if len(offsets) > 2 else order
+
+
+def _sorted_edges(edges: Tensor, num_points: int) -> Tensor:
+    low, high = edges.amin(1), edges.amax(1)
+    keys = (low * max(num_points, 1) + high)[low != high].unique()
+    return torch.stack([keys.div(max(num_points, 1), rounding_mode="floor"), keys % max(num_points, 1)], 1)
+
+
+def segment_graph(labels: Tensor, edges: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which segments touch: the edges of the point graph between two segments, gathered.
+
+    Args:
+        labels: ``(N,)`` int64 segments.
+        edges: ``(M, 2)`` int64 edges of points.
+
+    Returns:
+        ``(E, 2)`` int64 pairs of segments ``a < b``, each once and sorted; ``(E,)`` int64 how many edges cross; and
+        ``(M,)`` int64 the pair of every edge, -1 inside a segment.
+    """
+    ends = labels[edges]
+    low, high = ends.amin(1), ends.amax(1)
+    crossing = low != high
+    size = int(labels.max()) + 1 if len(labels) else 1
+    keys, inverse, counts = (low * size + high)[crossing].unique(return_inverse=True, return_counts=True)
+    pair = torch.full((len(edges),), -1, dtype=torch.int64, device=edges.device)
+    pair[crossing] = inverse
+    return torch.stack([keys.div(size, rounding_mode="floor"), keys % size], 1), counts, pair
+
+
+def segment_purity(labels: Tensor, truth: Tensor, ignore_index: int = -1) -> float:
+    """Share of the labelled points that carry the most common class of their segment: what perfect voting reaches."""
+    valid = truth != ignore_index
+    if not bool(valid.any()):
+        return 1.0
+    votes = class_votes(labels[valid], truth[valid])
+    return float(votes.amax(1).sum() / votes.sum())
+
+
+def class_votes(
+    labels: Tensor, truth: Tensor, num_segments: int | None = None, num_classes: int | None = None
+) -> Tensor:
+    """``(S, C)`` int64 points of each class in each segment; negative classes do not count."""
+    segments = int(labels.max()) + 1 if num_segments is None else num_segments
+    classes = int(truth.max()) + 1 if num_classes is None else num_classes
+    counted = truth >= 0
+    keys = labels[counted] * classes + truth[counted]
+    return torch.bincount(keys, minlength=segments * classes).view(segments, classes)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """A partition of packed points into segments, ready to pool over; everything it does is differentiable.
+
+    Attributes:
+        labels: ``(N,)`` int64 segment of each point; segments of one cloud are consecutive numbers.
+        order: ``(N,)`` int64 rows of points, segment after segment, in each in their own order.
+        borders: ``(S + 1,)`` int64, ``order[borders[s]:borders[s + 1]]`` are the points of segment s.
+        offsets: ``(B + 1,)`` int64, segments ``offsets[b]:offsets[b + 1]`` lie in cloud b.
+    """
+
+    labels: Tensor
+    order: Tensor
+    borders: Tensor
+    offsets: Tensor
+
+    @staticmethod
+    def of(labels: Tensor, offsets: Tensor) -> Segments:
+        """From segment numbers ``(N,)`` 0, 1, ... of points in clouds ``offsets``; numbers may be left out.
+
+        Raises:
+            ValueError: if a segment lies in two clouds, or numbers do not rise from cloud to cloud.
+        """
+        count = int(labels.max()) + 1 if len(labels) else 0
+        sizes = torch.bincount(labels, minlength=count)
+        borders = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+        ends = [0]
+        for a, b in itertools.pairwise(offsets.tolist()):
+            if a < b and int(labels[a:b].min()) < ends[-1]:
+                raise ValueError("segments must be numbered cloud after cloud, and none lie in two")
+            ends.append(int(labels[a:b].max()) + 1 if a < b else ends[-1])
+        return Segments(labels, labels.argsort(stable=True), borders, torch.tensor(ends, device=labels.device))
+
+    def __len__(self) -> int:
+        return len(self.borders) - 1
+
+    @property
+    def sizes(self) -> Tensor:
+        """``(S,)`` int64 points of each segment."""
+        return self.borders.diff()
+
+    def mean(self, values: Tensor) -> Tensor:
+        """``(S, C)`` mean of ``(N, C)`` values; 0 for an empty segment."""
+        return segment_mean(values[self.order], self.borders)
+
+    def max(self, values: Tensor) -> Tensor:
+        """``(S, C)`` largest of ``(N, C)`` values; 0 for an empty segment."""
+        return segment_max(values[self.order], self.borders)
+
+    def min(self, values: Tensor) -> Tensor:
+        """``(S, C)`` smallest of ``(N, C)`` values; 0 for an empty segment."""
+        return -self.max(-values)
+
+    def spread(self, coord: Tensor) -> Tensor:
+        """``(S, 3)`` linearity, planarity and scattering of ``(N, 3)`` coordinates: shares of the covariance's axes.
+
+        With standard deviations ``a >= b >= c``: ``(a - b) / a``, ``(b - c) / a``, ``c / a``; 0 for a single point.
+        """
+        around = (coord - self.mean(coord)[self.labels]).double()
+        products = (around[:, :, None] * around[:, None]).flatten(1)
+        covariance = self.mean(products).view(-1, 3, 3)
+        a, b, c = torch.linalg.eigvalsh(covariance).clamp(min=0).sqrt().flip(1).unbind(1)
+        shares = torch.stack([a - b, b - c, c], 1) / a[:, None].clamp(min=1e-12)
+        return shares.to(coord.dtype)

@@ -1,0 +1,205 @@
+"""Graph segmentation: kernels against the references, and what must not change a segmentation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from pc3d.ops.backend import cpu_kernels, use_backend
+from pc3d.ops.graph import (
+    Segments,
+    class_votes,
+    edge_weights,
+    estimate_normals,
+    graph_segments,
+    merge_graph,
+    neighbour_edges,
+    renumber,
+    segment_graph,
+    segment_purity,
+)
+from pc3d.ops.neighbours import knn
+
+
+def box_scene(seed: int = 0, count: int = 1500) -> tuple[Tensor, Tensor]:
+    """Two clouds: the faces of a box on a floor, with noise; and random points."""
+    generator = torch.Generator().manual_seed(seed)
+    floor = torch.rand(count, 3, generator=generator) * torch.tensor([2.0, 2.0, 0.0])
+    box = torch.rand(count, 3, generator=generator)
+    face = torch.arange(count) % 3
+    box[torch.arange(count), face] = (box[torch.arange(count), face] > 0.5).float()
+    scene = torch.cat([floor, box * 0.5 + torch.tensor([0.5, 0.5, 0.05])])
+    scene += torch.randn(scene.shape, generator=generator) * 1e-3
+    other = torch.rand(200, 3, generator=generator)
+    return torch.cat([scene, other]), torch.tensor([0, len(scene), len(scene), len(scene) + 200])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kernels():
+    if cpu_kernels() is None:
+        pytest.skip("the C++ extension is not built")
+
+
+def test_kernels_equal_the_references():
+    coord, offsets = box_scene()
+    rows = knn(coord, offsets, coord, offsets, 16)[0]
+    rows[3, 5:] = -1
+    fast = [estimate_normals(coord, offsets, rows), neighbour_edges(rows, 10)]
+    fast.append(edge_weights(coord, fast[0], fast[1]))
+    with use_backend("reference"):
+        slow = [estimate_normals(coord, offsets, rows), neighbour_edges(rows, 10)]
+        slow.append(edge_weights(coord, fast[0], fast[1]))
+    torch.testing.assert_close(fast[0].norm(dim=1), torch.ones(len(coord)))
+    assert ((fast[0] * slow[0]).sum(1).abs() > 1 - 1e-5).float().mean() > 0.999
+    assert torch.equal(fast[1], slow[1])
+    assert torch.equal(fast[2], slow[2])
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("min_size", [1, 7])
+def test_merge_equals_the_reference(seed, min_size):
+    generator = torch.Generator().manual_seed(seed)
+    edges = torch.randint(0, 120, (400, 2), generator=generator)
+    weights = (torch.rand(400, generator=generator) * 8).round() / 8 - (seed % 2) * 0.5  # many ties, some below 0
+    labels = merge_graph(edges, weights, 130, k=0.7, min_size=min_size)
+    with use_backend("reference"):
+        assert torch.equal(labels, merge_graph(edges, weights, 130, k=0.7, min_size=min_size))
+
+
+@pytest.mark.parametrize(
+    "coord",
+    [
+        torch.zeros(30, 3),
+        torch.arange(30.0)[:, None] * torch.tensor([[1.0, 2.0, 0.0]]),
+        torch.tensor([[1.0, 2.0, 3.0]]),
+        torch.zeros(0, 3),
+        torch.rand(40, 3) * 1e-6 + 5000,
+    ],
+    ids=["one place", "a line", "one point", "no point", "far away"],
+)
+def test_degenerate_clouds(coord):
+    offsets = torch.tensor([0, len(coord)])
+    normal = estimate_normals(coord, offsets)
+    assert normal.isfinite().all()
+    torch.testing.assert_close(normal.norm(dim=1), torch.ones(len(coord)))
+    labels = graph_segments(coord, offsets)
+    assert labels.shape == coord.shape[:1]
+    segments = Segments.of(labels, offsets)
+    assert segments.spread(coord).isfinite().all()
+    assert segments.sizes.sum() == len(coord)
+
+
+def test_a_line_has_normals_across_it():
+    along = torch.tensor([1.0, 2.0, 0.5])
+    normal = estimate_normals(torch.arange(30.0)[:, None] * along, torch.tensor([0, 30]))
+    assert (normal @ along).abs().max() < 1e-5
+
+
+def test_segments_follow_faces_and_never_cross_clouds():
+    coord, offsets = box_scene()
+    labels = graph_segments(coord, offsets, k=0.2)
+    assert labels[: offsets[1]].max() < labels[offsets[2] :].min()
+    floor_label = labels[:1500].bincount().argmax()
+    assert (labels[:1500] == floor_label).float().mean() > 0.9
+    assert (labels[1500:3000] == floor_label).float().mean() < 0.1
+
+
+def test_order_of_points_and_threads_do_not_matter():
+    coord, _ = box_scene()
+    coord = torch.cat([(coord * 40).round() / 40, coord[:200]])  # equal distances and weights everywhere
+    coord = coord.unique(dim=0)
+    offsets = torch.tensor([0, len(coord)])
+    color = coord * 100
+    labels = graph_segments(coord, offsets, color=color, color_weight=0.1)
+    shuffle = torch.randperm(len(coord), generator=torch.Generator().manual_seed(1))
+    again = graph_segments(coord[shuffle], offsets, color=color[shuffle], color_weight=0.1)
+    assert torch.equal(renumber(labels[shuffle]), again)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(graph_segments(coord, offsets, color=color, color_weight=0.1), labels)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_mesh_edges_in_any_order_and_direction():
+    coord, offsets = box_scene()
+    rows = knn(coord, offsets, coord, offsets, 9)[0]
+    edges = neighbour_edges(rows, 8)
+    labels = graph_segments(coord, offsets, edges=edges)
+    shuffled = edges[torch.randperm(len(edges))].flip(1)
+    assert torch.equal(labels, graph_segments(coord, offsets, edges=torch.cat([shuffled, shuffled[:50]])))
+
+
+def test_semantic_term_splits_a_plane():
+    coord = torch.rand(2000, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 1.0, 0.0])
+    offsets = torch.tensor([0, 2000])
+    share = torch.nn.functional.one_hot((coord[:, 0] > 0.5).long(), 2).float()
+    assert graph_segments(coord, offsets).max() == 0
+    labels = graph_segments(coord, offsets, probabilities=share, semantic_weight=1.0)
+    assert segment_purity(labels, share.argmax(1)) == 1
+    with pytest.raises(ValueError, match="semantic_weight"):
+        graph_segments(coord, offsets, semantic_weight=1.0)
+
+
+@pytest.mark.parametrize(
+    ("edges", "weights", "message"),
+    [
+        ([[0, 5]], [0.0], "outside"),
+        ([[0, 1]], [float("nan")], "NaN"),
+        ([[0, 1]], [0.0, 1.0], "must be"),
+    ],
+)
+def test_wrong_graphs_are_refused(edges, weights, message):
+    with pytest.raises(ValueError, match=message):
+        merge_graph(torch.tensor(edges), torch.tensor(weights), 3)
+
+
+def test_pooling_equals_a_dense_one():
+    generator = torch.Generator().manual_seed(0)
+    labels = renumber(torch.randint(0, 9, (60,), generator=generator))
+    labels = torch.cat([labels, torch.tensor([9, 9, 11])])  # number 10 is left out
+    segments = Segments.of(labels, torch.tensor([0, 60, 63]))
+    values = torch.randn(63, 4, generator=generator, requires_grad=True)
+    dense = torch.nn.functional.one_hot(labels, 12).T.float()
+    mean = dense @ values / dense.sum(1, keepdim=True).clamp(min=1)
+    torch.testing.assert_close(segments.mean(values), mean)
+    upstream = torch.randn(12, 4, generator=generator)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(pooled, values, upstream)[0] for pooled in (segments.mean(values), mean))
+    )
+    assert torch.equal(segments.max(values)[11], values[62])
+    assert segments.offsets.tolist() == [0, 9, 12]
+    assert not segments.max(values)[10].any()
+    assert Segments.of(labels[:0], torch.tensor([0, 0])).mean(values[:0]).shape == (0, 4)
+    with pytest.raises(ValueError, match="two"):
+        Segments.of(labels, torch.tensor([0, 10, 63]))
+
+
+def test_spread_tells_lines_planes_and_clouds():
+    generator = torch.Generator().manual_seed(0)
+    cube = torch.rand(900, 3, generator=generator)
+    cube[:300, 1:] = 0
+    cube[300:600, 2] = 0
+    labels = torch.arange(900) // 300
+    shares = Segments.of(labels, torch.tensor([0, 900])).spread(cube)
+    assert shares.argmax(1).tolist() == [0, 1, 2]
+
+
+def test_segment_graph_counts_crossings():
+    labels = torch.tensor([0, 0, 1, 1, 2])
+    edges = torch.tensor([[0, 1], [1, 2], [3, 0], [3, 4], [2, 3]])
+    pairs, counts, pair = segment_graph(labels, edges)
+    assert pairs.tolist() == [[0, 1], [1, 2]]
+    assert counts.tolist() == [2, 1]
+    assert pair.tolist() == [-1, 0, 0, 1, -1]
+    empty = segment_graph(labels[:0], edges[:0])
+    assert [len(part) for part in empty] == [0, 0, 0]
+
+
+def test_votes_and_purity():
+    labels, truth = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([2, 2, 1, 0, -1])
+    assert class_votes(labels, truth, 2, 3).tolist() == [[0, 1, 2], [1, 0, 0]]
+    assert segment_purity(labels, truth) == 0.75
+    assert segment_purity(labels, torch.full_like(truth, -1)) == 1.0
