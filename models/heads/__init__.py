@@ -1,6 +1,8 @@
-"""Heads: from features to logits or points."""
+"""Heads: from features to logits, points or instances."""
 
 from pc3d.models.heads.folding import FoldingDecoder
+from pc3d.models.heads.offset_clustering import OffsetClustering
 from pc3d.models.heads.pooled import GlobalContextHead, MLPHead
+from pc3d.models.heads.segment_fusion import SegmentFusion
 
-__all__ = ["FoldingDecoder", "GlobalContextHead", "MLPHead"]
+__all__ = ["FoldingDecoder", "GlobalContextHead", "MLPHead", "OffsetClustering", "SegmentFusion"]

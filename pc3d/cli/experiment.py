@@ -52,10 +52,12 @@ class Experiment(LightningCLI):
         self.plan = plan
         for name in ("pytorch_lightning", "lightning_fabric"):
             logging.getLogger(name).setLevel(logging.WARNING)  # set when imported; what matters is printed by us
+        self.names_task = _names_task(arguments)
         with _program_name(program):
             super().__init__(
                 SemanticSegmentation,
                 PointDataModule,
+                subclass_mode_model=self.names_task,
                 run=False,
                 args=list(arguments),
                 seed_everything_default=0,
@@ -66,8 +68,9 @@ class Experiment(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         add_call_options(parser)
-        parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
-        parser.link_arguments("data.in_channels", "model.backbone.init_args.in_channels", apply_on="instantiate")
+        model = "model.init_args" if self.names_task else "model"
+        parser.link_arguments("data.class_names", f"{model}.class_names", apply_on="instantiate")
+        parser.link_arguments("data.in_channels", f"{model}.backbone.init_args.in_channels", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         with readable_config_errors(parser):
@@ -204,6 +207,17 @@ def check_configs(arguments: Sequence[str]) -> None:
     for path in paths:
         if not Path(path).is_file():
             raise InputError(f"{path}: no such config file{_known_configs()}")
+
+
+def _names_task(arguments: Sequence[str]) -> bool:
+    """Whether ``model`` is ``class_path`` and ``init_args``; without, it holds those of semantic segmentation."""
+    named = any(flag in ("--model", "--model.class_path") for flag, _ in _pairs(arguments))
+    for path in (value for flag, value in _pairs(arguments) if flag in ("--config", "-c")):
+        with contextlib.suppress(
+            OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError
+        ):  # told by the parser
+            named |= "class_path" in yaml.safe_load(Path(path).read_text())["model"]
+    return named
 
 
 def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:

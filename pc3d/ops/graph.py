@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -272,19 +273,46 @@ def segment_purity(labels: Tensor, truth: Tensor, ignore_index: int = -1) -> flo
     valid = truth != ignore_index
     if not bool(valid.any()):
         return 1.0
-    votes = class_votes(labels[valid], truth[valid])
-    return float(votes.amax(1).sum() / votes.sum())
+    count = majority(labels[valid], truth[valid], int(labels.max()) + 1)[1]
+    return float(count.sum() / valid.sum())
 
 
-def class_votes(
-    labels: Tensor, truth: Tensor, num_segments: int | None = None, num_classes: int | None = None
-) -> Tensor:
-    """``(S, C)`` int64 points of each class in each segment; negative classes do not count."""
-    segments = int(labels.max()) + 1 if num_segments is None else num_segments
-    classes = int(truth.max()) + 1 if num_classes is None else num_classes
-    counted = truth >= 0
-    keys = labels[counted] * classes + truth[counted]
-    return torch.bincount(keys, minlength=segments * classes).view(segments, classes)
+def majority(labels: Tensor, values: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:
+    """Most common value of each segment and how many points have it.
+
+    Args:
+        labels: ``(N,)`` int64 segments.
+        values: ``(N,)`` int64 classes or instances; negative ones do not count.
+
+    Returns:
+        ``(S,)`` int64 value, the smallest of equals, -1 where there is none; ``(S,)`` int64 points, 0 there.
+    """
+    counted = values >= 0
+    span = int(values.max()) + 1 if bool(counted.any()) else 1
+    keys, counts = (labels[counted] * span + values[counted]).unique(return_counts=True)
+    order = counts.argsort(stable=True, descending=True)
+    order = order[keys[order].div(span, rounding_mode="floor").argsort(stable=True)]
+    owner = keys[order].div(span, rounding_mode="floor")
+    first = torch.ones_like(owner, dtype=torch.bool)
+    first[1:] = owner[1:] != owner[:-1]
+    best, count = labels.new_full((num_segments,), -1), labels.new_zeros(num_segments)
+    best[owner[first]] = keys[order[first]] % span
+    count[owner[first]] = counts[order[first]]
+    return best, count
+
+
+def connected_components(pairs: Tensor, num_nodes: int) -> Tensor:
+    """``(num_nodes,)`` int64 component of every node of an undirected graph with edges ``(E, 2)``, by first occurrence.
+
+    Runs on the CPU (SciPy), whatever the device of the pairs.
+    """
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components as label
+
+    a, b = pairs.detach().cpu().numpy().T
+    graph = coo_matrix((np.ones(len(a), np.int8), (a, b)), shape=(num_nodes, num_nodes))
+    labels = torch.from_numpy(label(graph, directed=False)[1].astype(np.int64))
+    return renumber(labels).to(pairs.device)
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,16 @@ from pc3d.tasks.checkpoint import (
     read_checkpoint,
     save_export,
 )
-from pc3d.tasks.heads import LinearHead, SegmentationHead
+from pc3d.tasks.heads import InstanceHead, InstanceOutput, LinearHead, SegmentationHead
 from pc3d.tasks.inference import labels_of, predict_cloud
+from pc3d.tasks.instances import InstanceSegmentation
 from pc3d.tasks.optim import OptimizerConfig, ParameterGroup, ScheduleConfig
 from pc3d.tasks.segmentation import SemanticSegmentation
 
 __all__ = [
+    "InstanceHead",
+    "InstanceOutput",
+    "InstanceSegmentation",
     "LinearHead",
     "MismatchError",
     "OptimizerConfig",

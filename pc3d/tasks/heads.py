@@ -1,12 +1,16 @@
-"""From features to class logits."""
+"""From features to class logits and instances."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from pc3d.config import Configurable
+from pc3d.metrics import Instances
 from pc3d.points import Points
 
 
@@ -26,3 +30,57 @@ class LinearHead(SegmentationHead):
 
     def forward(self, features: Tensor, points: Points) -> Tensor:
         return self.linear(features)
+
+
+@dataclass
+class InstanceOutput:
+    """What an instance head makes of a batch.
+
+    Attributes:
+        logits: ``(N, K)`` class logits, those of the semantic head or better ones.
+        variants: other ``(N, K)`` logits worth a score of their own, by name.
+    """
+
+    logits: Tensor
+    variants: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
+
+
+Output = TypeVar("Output", bound=InstanceOutput)
+
+
+class InstanceHead(nn.Module, Configurable, ABC, Generic[Output]):
+    """From features and class logits to instances. A task calls :meth:`build` once, before anything else."""
+
+    @abstractmethod
+    def build(self, in_channels: int, num_classes: int, things: list[bool]) -> None:
+        """Make the layers for ``(N, in_channels)`` features; ``things`` are the classes that have instances."""
+
+    @abstractmethod
+    def forward(self, features: Tensor, logits: Tensor, points: Points) -> Output: ...
+
+    @abstractmethod
+    def losses(self, output: Output, points: Points) -> dict[str, Tensor]:
+        """Named, weighted losses against ``segment`` and ``instance`` of the points."""
+
+    @abstractmethod
+    def instances(self, output: Output, points: Points) -> list[Instances]:
+        """Instances of every cloud of the batch, rows counted from its first point."""
+
+
+def instance_targets(points: Points, things: Tensor) -> tuple[Tensor, Tensor]:
+    """``(N,)`` int64 instance of every point, numbered through the batch, -1 for none; and ``(N, 3)`` its centre.
+
+    Args:
+        points: with ``segment`` and ``instance``.
+        things: ``(K,)`` bool classes that have instances.
+    """
+    segment, instance = points.get("segment"), points.get("instance").reshape(-1)
+    valid = (instance >= 0) & (segment >= 0) & things.to(segment.device)[segment.clamp(min=0)]
+    span = int(instance.max()) + 1 if len(instance) else 1
+    names, inverse = (points.batch * span + instance)[valid].unique(return_inverse=True)
+    group = torch.full_like(segment, -1)
+    group[valid] = inverse
+    total = points.coord.new_zeros(len(names), 3).index_add(0, inverse, points.coord[valid])
+    center = points.coord.clone()
+    center[valid] = (total / torch.bincount(inverse, minlength=len(names))[:, None])[inverse]
+    return group, center

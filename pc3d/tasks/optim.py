@@ -177,11 +177,13 @@ def build_schedule(config: ScheduleConfig, optimizer: Optimizer, total_steps: in
     if len(peaks) != len(optimizer.param_groups):
         names = ", ".join(group["name"] for group in optimizer.param_groups)
         raise InputError(f"schedule.max_lr has {len(peaks)} values for {len(optimizer.param_groups)} groups ({names})")
+    total_steps = max(total_steps, 2)  # torch divides by total_steps - 1, and by the length of the rise
+    rise = 0.05 if config.pct_start is None else config.pct_start
     return OneCycleLR(
         optimizer,
         max_lr=list(peaks),
-        total_steps=max(total_steps, 2),  # torch divides by total_steps - 1
-        pct_start=0.05 if config.pct_start is None else config.pct_start,
+        total_steps=total_steps,
+        pct_start=rise if rise * total_steps != 1 else rise * (1 + 1e-6),
         div_factor=config.div_factor or 10.0,
         final_div_factor=config.final_div_factor or 1000.0,
         cycle_momentum=True,

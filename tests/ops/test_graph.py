@@ -9,10 +9,11 @@ from torch import Tensor
 from pc3d.ops.backend import cpu_kernels, use_backend
 from pc3d.ops.graph import (
     Segments,
-    class_votes,
+    connected_components,
     edge_weights,
     estimate_normals,
     graph_segments,
+    majority,
     merge_graph,
     neighbour_edges,
     renumber,
@@ -200,6 +201,14 @@ def test_segment_graph_counts_crossings():
 
 def test_votes_and_purity():
     labels, truth = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([2, 2, 1, 0, -1])
-    assert class_votes(labels, truth, 2, 3).tolist() == [[0, 1, 2], [1, 0, 0]]
+    assert [part.tolist() for part in majority(labels, truth, 3)] == [[2, 0, -1], [2, 1, 0]]
+    assert majority(torch.tensor([0, 0]), torch.tensor([3, 1]), 1)[0].tolist() == [1]
+    assert [part.tolist() for part in majority(labels[:0], truth[:0], 2)] == [[-1, -1], [0, 0]]
     assert segment_purity(labels, truth) == 0.75
     assert segment_purity(labels, torch.full_like(truth, -1)) == 1.0
+
+
+def test_connected_components():
+    pairs = torch.tensor([[5, 3], [1, 2], [3, 0]])
+    assert connected_components(pairs, 6).tolist() == [0, 1, 1, 0, 2, 0]
+    assert connected_components(pairs[:0], 2).tolist() == [0, 1]

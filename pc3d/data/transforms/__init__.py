@@ -21,10 +21,12 @@ from pc3d.data.transforms.geometric import (
 )
 from pc3d.data.transforms.presets import IndoorAugment, OutdoorAugment
 from pc3d.data.transforms.sampling import CropBox, GridSample, RandomDropout, ShufflePoints, SphereCrop
+from pc3d.data.transforms.segments import ChooseSegments, GraphSegments
 
 __all__ = [
     "AssembleFeatures",
     "CenterShift",
+    "ChooseSegments",
     "ChromaticAutoContrast",
     "ChromaticJitter",
     "ChromaticTranslation",
@@ -33,6 +35,7 @@ __all__ = [
     "CropBox",
     "ElasticDistortion",
     "EstimateNormals",
+    "GraphSegments",
     "GridSample",
     "HeightAboveGround",
     "IndoorAugment",

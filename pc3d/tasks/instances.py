@@ -1,0 +1,166 @@
+"""``InstanceSegmentation``: classes and instances of points."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pc3d.errors import InputError
+from pc3d.losses import FeatureLoss, Loss
+from pc3d.metrics import (
+    InstanceAveragePrecision,
+    InstanceCoverage,
+    Instances,
+    PartMisclassification,
+    SegmentationMetrics,
+)
+from pc3d.nn.backbone import Backbone
+from pc3d.points import Points
+from pc3d.tasks.heads import InstanceHead, InstanceOutput, SegmentationHead
+from pc3d.tasks.inference import original_rows
+from pc3d.tasks.optim import OptimizerConfig, ScheduleConfig, freeze_parameters
+from pc3d.tasks.segmentation import SemanticSegmentation
+
+
+class InstanceSegmentation(SemanticSegmentation):
+    """A semantic task with an instance head on its features and logits.
+
+    Validation and test alike run once over each cloud and score its original points: semantics, instances (AP of
+    ScanNet, precision, recall and coverage of S3DIS) and part misclassification. Freeze ``^backbone`` and ``^head`` and
+    start with ``--init_from`` to train the head alone on a trained semantic model.
+
+    Args:
+        instance_head: makes the instances, and perhaps better logits.
+        stuff: names of classes without instances.
+        min_instance_points: smaller true and predicted instances do not count in AP.
+        backbone, class_names, head, criteria, feature_criteria, optimizer, schedule, ema_decay, freeze: see
+            :class:`SemanticSegmentation`.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        class_names: list[str],
+        instance_head: InstanceHead,
+        stuff: list[str] | None = None,
+        min_instance_points: int = 100,
+        head: SegmentationHead | None = None,
+        criteria: list[Loss] | None = None,
+        feature_criteria: list[FeatureLoss] | None = None,
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen)
+        schedule: ScheduleConfig = ScheduleConfig(),  # noqa: B008 (frozen)
+        ema_decay: float | None = None,
+        freeze: list[str] | None = None,
+    ) -> None:
+        unknown = sorted(set(stuff or ()) - set(class_names))
+        if unknown:
+            raise InputError(f"model.stuff: {', '.join(unknown)} unknown; the classes are {', '.join(class_names)}")
+        super().__init__(backbone, class_names, head, criteria, feature_criteria, optimizer, schedule, ema_decay)
+        things = [name not in (stuff or ()) for name in class_names]
+        instance_head.build(backbone.out_channels, len(class_names), things)
+        self.instance_head = instance_head
+        self.precision = InstanceAveragePrecision(things, min_instance_points)
+        self.coverage = InstanceCoverage(things)
+        self.part_errors = PartMisclassification(len(class_names))
+        self.variant_metrics = nn.ModuleDict()
+        self.frozen = freeze_parameters(self, freeze or [])
+
+    def forward(self, points: Points) -> Tensor:
+        """``(N, K)`` logits of sampled points, those of the instance head."""
+        return self.outputs(points).logits
+
+    def outputs(self, points: Points) -> InstanceOutput:
+        """All that the instance head makes of sampled points."""
+        features = self.backbone(points)
+        return self.instance_head(features, self.head(features, points), points)
+
+    def predict_instances(self, sampled: Points) -> tuple[Tensor, list[Instances]]:
+        """Classes ``(N,)`` and instances of the original points of a batch from ``Pipeline.evaluate``."""
+        output = self.outputs(sampled)
+        source, rows = original_rows(sampled)
+        return output.logits.argmax(1)[rows], self._on_source(output, sampled, source, rows)
+
+    def training_step(self, batch: Points, batch_idx: int) -> Tensor:
+        self._reseed(self.current_epoch, batch_idx)
+        features = self.backbone(batch)
+        logits, target = self.head(features, batch), batch.get("segment")
+        output = self.instance_head(features, logits, batch)
+        loss = self.instance_loss(output, batch, "train")
+        if logits.requires_grad:
+            loss = loss + self._loss(logits, target, "train", len(batch))
+        for criterion in self.feature_criteria:
+            loss = loss + criterion(features, target, logits.detach().argmax(1))
+        self.train_metrics.update(output.logits.detach().argmax(1), target)
+        return loss
+
+    def instance_loss(self, output: InstanceOutput, points: Points, stage: str) -> Tensor:
+        losses = self.instance_head.losses(output, points)
+        values = {f"{stage}/loss_{name}": value for name, value in losses.items()}
+        self.log_dict(values, prog_bar=stage == "train", batch_size=len(points), sync_dist=stage != "train")
+        return torch.stack(list(losses.values())).sum()
+
+    def validation_step(self, batch: Points, batch_idx: int) -> dict[str, Any]:
+        self._reseed(-1, batch_idx)
+        return self._evaluate(batch, self.val_metrics, "val")
+
+    def test_step(self, batch: Sequence[Points], batch_idx: int) -> dict[str, Any]:
+        self._reseed(-1, batch_idx)
+        if self.pipeline is None:
+            raise InputError("testing needs the data's pipeline: use a PointDataModule or a checkpoint with a card")
+        (cloud,) = batch
+        return self._evaluate(self.pipeline.evaluate(cloud).to(self.device), self.test_metrics, "test")
+
+    def _evaluate(self, batch: Points, metrics: SegmentationMetrics, stage: str) -> dict[str, Any]:
+        output = self.outputs(batch)
+        source, rows = original_rows(batch)
+        segment, prediction = source.get("segment"), output.logits.argmax(1)[rows]
+        if stage == "val":
+            self.log("val/loss", self.instance_loss(output, batch, "val"), batch_size=len(batch), sync_dist=True)
+        metrics.update(prediction, segment)
+        for name, logits in output.variants.items():
+            if name not in self.variant_metrics:
+                self.variant_metrics[name] = SegmentationMetrics(len(self.class_names)).to(self.device)
+            variant: Any = self.variant_metrics[name]
+            variant.update(logits.argmax(1)[rows], segment)
+        found = self._on_source(output, batch, source, rows)
+        if "instance" in source:
+            instance = source.get("instance").reshape(-1)
+            for (begin, end), instances in zip(itertools.pairwise(source.offsets.tolist()), found, strict=True):
+                part = slice(begin, end)
+                self.precision.update(instances, segment[part], instance[part])
+                self.coverage.update(instances, segment[part], instance[part])
+                self.part_errors.update(prediction[part], segment[part], instance[part])
+        return {"points": source, "prediction": prediction, "instances": found}
+
+    def _on_source(self, output: InstanceOutput, sampled: Points, source: Points, rows: Tensor) -> list[Instances]:
+        """The instances of sampled clouds, on the points they stand for."""
+        found = self.instance_head.instances(output, sampled)
+        clouds = zip(
+            found,
+            itertools.pairwise(sampled.offsets.tolist()),
+            itertools.pairwise(source.offsets.tolist()),
+            strict=True,
+        )
+        return [
+            Instances.of(instances.labels(end - begin)[rows[first:last] - begin], instances.classes, instances.scores)
+            for instances, (begin, end), (first, last) in clouds
+        ]
+
+    def _finish(self, stage: str, metrics: SegmentationMetrics) -> None:
+        super()._finish(stage, metrics)
+        if stage == "train":
+            return
+        ap, coverage, parts = self.precision.compute(), self.coverage.compute(), self.part_errors.compute()
+        values = {"AP": ap.ap, "AP50": ap.ap50, "AP25": ap.ap25}
+        values |= {"mPrec": coverage.precision, "mRec": coverage.recall}
+        values |= {"mCov": coverage.coverage, "mWCov": coverage.weighted_coverage}
+        values |= {"part_errors": parts.points, "broken_instances": parts.instances}
+        variants: dict[str, Any] = dict(self.variant_metrics.items())
+        values |= {f"mIoU_{name}": variant.compute().miou for name, variant in variants.items()}
+        for metric in (self.precision, self.coverage, self.part_errors, *variants.values()):
+            metric.reset()
+        self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, sync_dist=True)
