@@ -6,6 +6,7 @@ from pc3d.models.backbones.point_ssm import PointSSM
 from pc3d.models.backbones.ptv3 import PTv3
 from pc3d.models.backbones.sonata import Sonata
 from pc3d.models.backbones.sparse_unet import SparseUNet
+from pc3d.models.backbones.stored import StoredLogits
 from pc3d.models.backbones.utonia import Utonia
 
-__all__ = ["LitePT", "PTv3", "PointCloudMamba", "PointSSM", "Sonata", "SparseUNet", "Utonia"]
+__all__ = ["LitePT", "PTv3", "PointCloudMamba", "PointSSM", "Sonata", "SparseUNet", "StoredLogits", "Utonia"]

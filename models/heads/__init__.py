@@ -2,7 +2,7 @@
 
 from pc3d.models.heads.folding import FoldingDecoder
 from pc3d.models.heads.offset_clustering import OffsetClustering
-from pc3d.models.heads.pooled import GlobalContextHead, MLPHead
+from pc3d.models.heads.pooled import GlobalContextHead, KeepLogits, MLPHead
 from pc3d.models.heads.segment_fusion import SegmentFusion
 
-__all__ = ["FoldingDecoder", "GlobalContextHead", "MLPHead", "OffsetClustering", "SegmentFusion"]
+__all__ = ["FoldingDecoder", "GlobalContextHead", "KeepLogits", "MLPHead", "OffsetClustering", "SegmentFusion"]

@@ -1,4 +1,4 @@
-"""Heads that look at whole clouds."""
+"""Heads that look at whole clouds, and one that looks at nothing."""
 
 from __future__ import annotations
 
@@ -53,3 +53,14 @@ class MLPHead(SegmentationHead):
 
     def forward(self, features: Tensor, points: Points) -> Tensor:
         return self.linear(self.hidden(features))
+
+
+class KeepLogits(SegmentationHead):
+    """The last ``num_classes`` features are the logits already; see :class:`~pc3d.models.StoredLogits`."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+
+    def forward(self, features: Tensor, points: Points) -> Tensor:
+        return features[:, -self.num_classes :]

@@ -168,7 +168,8 @@ class SegmentAttention(nn.Module):
 
     def forward(self, feat: Tensor, scope: Scope) -> Tensor:
         """``(S, C)`` to ``(S, C)``; a segment that attends to nothing gets the bias of the projection."""
-        q, k, v = self.qkv(feat).view(len(feat), 3, self.num_heads, -1).unbind(1)
+        width = feat.shape[1] // self.num_heads
+        q, k, v = self.qkv(feat).view(len(feat), 3, self.num_heads, width).unbind(1)
         out = torch.zeros_like(v) if scope.pairs is None else self._sparse(q, k, v, scope.pairs)
         for begin, end, features in scope.dense:
             rows = slice(begin, end)
@@ -445,13 +446,34 @@ class SegmentFusion(InstanceHead[FusionOutput]):
         Touching segments join by affinity; others where voted centres and identities are close. The score is the mean
         probability of the class times the mean affinity of the joined pairs (1 for a single segment).
         """
-        graph = output.graph
         probability, label = output.semantic.softmax(1).max(1)
-        thing = self.things[label]
-        a, b = graph.edges.unbind(1)
+        thing, edges = self.things[label], output.graph.edges
         affinity = output.affinity.sigmoid()
-        joined = (affinity > self.join) & (label[a] == label[b]) & thing[a]
-        pairs = torch.cat([graph.edges[joined], self._far_pairs(output, label, thing)])
+        joined = (affinity > self.join) & (label[edges] == label[edges[:, :1]]).all(1) & thing[edges[:, 0]]
+        far = self._far_pairs(output, label, thing)
+        return self._components(output.graph, points, label, probability, affinity, joined, far)
+
+    def baseline(self, output: FusionOutput, points: Points) -> list[Instances]:
+        """Plain connected components of the same graph: every touching pair of one voted thing class joins."""
+        vote = output.graph.segments.mean(output.variants["voting"])
+        probability, label = vote.softmax(1).max(1)
+        edges = output.graph.edges
+        joined = (label[edges] == label[edges[:, :1]]).all(1) & self.things[label[edges[:, 0]]]
+        sure = torch.ones_like(output.affinity)
+        return self._components(output.graph, points, label, probability, sure, joined, edges[:0])
+
+    def _components(
+        self,
+        graph: SegmentGraph,
+        points: Points,
+        label: Tensor,
+        probability: Tensor,
+        affinity: Tensor,
+        joined: Tensor,
+        far: Tensor,
+    ) -> list[Instances]:
+        a = graph.edges[:, 0]
+        pairs = torch.cat([graph.edges[joined], far])
         component = connected_components(pairs, len(graph.segments))
         strength = affinity.new_zeros(len(component)).index_add(0, component[a[joined]], affinity[joined])
         links = torch.bincount(component[a[joined]], minlength=len(component))

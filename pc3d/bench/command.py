@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from pc3d.bench import kernel_maps, scan, serialize, sparse, voxelize
+from pc3d.bench import fusion, kernel_maps, scan, segments, serialize, sparse, voxelize
 from pc3d.bench.clouds import load
 from pc3d.bench.figures import draw_growth, draw_ratios
 from pc3d.bench.timing import Timing, machine, report, table
@@ -24,6 +24,7 @@ EXAMPLES = """examples:
   tools/bench.py map --size 0.05 scan.ply sweep.bin --json runs/bench/map.json
   tools/bench.py serialize --size 0.005 --depth 16 --threads 1
   tools/bench.py sparse --threads 1 2 --only subm3_64 map --json runs/bench/sparse.json
+  tools/bench.py fusion --seconds 240 --picture runs/bench/fusion.png
   tools/bench.py scan --shape 8x1024x384x16 --threads 2
   tools/bench.py sparse scan.bin:0.05:6 sweep.npz:0.1 --picture runs/bench/sparse.png
 """
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one benchmark; 0 when it ran, 2 on bad input (one line on stderr)."""
     args = _parser().parse_args(argv)
     try:
-        special = {"sparse": _run_sparse, "scan": _run_scan}
+        special = {"sparse": _run_sparse, "scan": _run_scan, "fusion": _run_fusion}
         return special.get(args.op, _run)(args)
     except InputError as error:
         print(f"bench {args.op}: {error}", file=sys.stderr)
@@ -49,6 +50,8 @@ def _run(args: argparse.Namespace) -> int:
         for size in args.size or args.default_sizes:
             if args.op == "voxelize":
                 timings += voxelize.bench(points, size, args.rounds)
+            elif args.op == "segments":
+                timings += segments.bench(points, size, args.rounds)
             elif args.op == "serialize":
                 timings += serialize.bench(points, size, args.depth, args.rounds)
             else:
@@ -78,6 +81,15 @@ def _run_scan(args: argparse.Namespace) -> int:
         timings += scan.bench(shape, args.rounds, args.growth)
     print(table(timings))
     _write_json(args.json, report(timings, args.rounds))
+    return 0
+
+
+def _run_fusion(args: argparse.Namespace) -> int:
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    result = fusion.run(args.seconds, args.seed, args.picture)
+    print(result.table())
+    _write_json(args.json, {"machine": machine(), **vars(result)})
     return 0
 
 
@@ -111,6 +123,14 @@ def _parser() -> argparse.ArgumentParser:
     curves.add_argument(
         "--depth", type=int, help="bits per axis (default: what the cells need, as published models do)"
     )
+    graphs = ops.add_parser("segments", help="graph segmentation, step by step")
+    _add_shared(graphs, points=200_000, sizes=[0.02, 0.05])
+    parts = ops.add_parser("fusion", help="Segment-Fusion on rooms with part errors put in: what it repairs")
+    parts.add_argument("--seconds", type=_at_least(1), default=240, help="of training (default 240)")
+    parts.add_argument("--seed", type=int, default=0, help="of rooms, errors and training")
+    parts.add_argument("--threads", type=_at_least(1), help="threads of torch and of the kernels (default: torch's)")
+    parts.add_argument("--picture", type=Path, metavar="FILE", help="draw a room: truth, backbone, voting, fusion")
+    parts.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     scans = ops.add_parser("scan", help="selective scan of Mamba beside its sequential and chunked forms in torch")
     scans.add_argument(
         "--shape", type=scan.shape, action="append", metavar="BxLxDxN", help="may repeat (default: two of the field)"

@@ -242,7 +242,7 @@ def _canonical_order(coord: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _sorted_edges(edges: Tensor, num_points: int) -> Tensor:
-    low, high = edges.amin(1), edges.amax(1)
+    low, high = torch.minimum(*edges.unbind(1)), torch.maximum(*edges.unbind(1))
     keys = (low * max(num_points, 1) + high)[low != high].unique()
     return torch.stack([keys.div(max(num_points, 1), rounding_mode="floor"), keys % max(num_points, 1)], 1)
 
@@ -258,8 +258,8 @@ def segment_graph(labels: Tensor, edges: Tensor) -> tuple[Tensor, Tensor, Tensor
         ``(E, 2)`` int64 pairs of segments ``a < b``, each once and sorted; ``(E,)`` int64 how many edges cross; and
         ``(M,)`` int64 the pair of every edge, -1 inside a segment.
     """
-    ends = labels[edges]
-    low, high = ends.amin(1), ends.amax(1)
+    a, b = labels[edges[:, 0]], labels[edges[:, 1]]
+    low, high = torch.minimum(a, b), torch.maximum(a, b)
     crossing = low != high
     size = int(labels.max()) + 1 if len(labels) else 1
     keys, inverse, counts = (low * size + high)[crossing].unique(return_inverse=True, return_counts=True)

@@ -66,6 +66,10 @@ class InstanceHead(nn.Module, Configurable, ABC, Generic[Output]):
     def instances(self, output: Output, points: Points) -> list[Instances]:
         """Instances of every cloud of the batch, rows counted from its first point."""
 
+    def baseline(self, output: Output, points: Points) -> list[Instances] | None:
+        """Instances without what the head learned, to compare with; None if there is no such thing."""
+        return None
+
 
 def instance_targets(points: Points, things: Tensor) -> tuple[Tensor, Tensor]:
     """``(N,)`` int64 instance of every point, numbered through the batch, -1 for none; and ``(N, 3)`` its centre.

@@ -64,6 +64,7 @@ class InstanceSegmentation(SemanticSegmentation):
         instance_head.build(backbone.out_channels, len(class_names), things)
         self.instance_head = instance_head
         self.precision = InstanceAveragePrecision(things, min_instance_points)
+        self.baseline_precision = InstanceAveragePrecision(things, min_instance_points)
         self.coverage = InstanceCoverage(things)
         self.part_errors = PartMisclassification(len(class_names))
         self.variant_metrics = nn.ModuleDict()
@@ -82,7 +83,8 @@ class InstanceSegmentation(SemanticSegmentation):
         """Classes ``(N,)`` and instances of the original points of a batch from ``Pipeline.evaluate``."""
         output = self.outputs(sampled)
         source, rows = original_rows(sampled)
-        return output.logits.argmax(1)[rows], self._on_source(output, sampled, source, rows)
+        found = self.instance_head.instances(output, sampled)
+        return output.logits.argmax(1)[rows], _on_source(found, sampled, source, rows)
 
     def training_step(self, batch: Points, batch_idx: int) -> Tensor:
         self._reseed(self.current_epoch, batch_idx)
@@ -126,41 +128,42 @@ class InstanceSegmentation(SemanticSegmentation):
                 self.variant_metrics[name] = SegmentationMetrics(len(self.class_names)).to(self.device)
             variant: Any = self.variant_metrics[name]
             variant.update(logits.argmax(1)[rows], segment)
-        found = self._on_source(output, batch, source, rows)
+        found = _on_source(self.instance_head.instances(output, batch), batch, source, rows)
+        plain = self.instance_head.baseline(output, batch)
         if "instance" in source:
             instance = source.get("instance").reshape(-1)
-            for (begin, end), instances in zip(itertools.pairwise(source.offsets.tolist()), found, strict=True):
-                part = slice(begin, end)
-                self.precision.update(instances, segment[part], instance[part])
-                self.coverage.update(instances, segment[part], instance[part])
-                self.part_errors.update(prediction[part], segment[part], instance[part])
+            compared = found if plain is None else _on_source(plain, batch, source, rows)
+            for i, (begin, end) in enumerate(itertools.pairwise(source.offsets.tolist())):
+                truth = segment[begin:end], instance[begin:end]
+                self.precision.update(found[i], *truth)
+                self.baseline_precision.update(compared[i], *truth)
+                self.coverage.update(found[i], *truth)
+                self.part_errors.update(prediction[begin:end], *truth)
         return {"points": source, "prediction": prediction, "instances": found}
-
-    def _on_source(self, output: InstanceOutput, sampled: Points, source: Points, rows: Tensor) -> list[Instances]:
-        """The instances of sampled clouds, on the points they stand for."""
-        found = self.instance_head.instances(output, sampled)
-        clouds = zip(
-            found,
-            itertools.pairwise(sampled.offsets.tolist()),
-            itertools.pairwise(source.offsets.tolist()),
-            strict=True,
-        )
-        return [
-            Instances.of(instances.labels(end - begin)[rows[first:last] - begin], instances.classes, instances.scores)
-            for instances, (begin, end), (first, last) in clouds
-        ]
 
     def _finish(self, stage: str, metrics: SegmentationMetrics) -> None:
         super()._finish(stage, metrics)
         if stage == "train":
             return
         ap, coverage, parts = self.precision.compute(), self.coverage.compute(), self.part_errors.compute()
-        values = {"AP": ap.ap, "AP50": ap.ap50, "AP25": ap.ap25}
+        plain = self.baseline_precision.compute()
+        values = {"AP": ap.ap, "AP50": ap.ap50, "AP25": ap.ap25, "AP_baseline": plain.ap, "AP50_baseline": plain.ap50}
         values |= {"mPrec": coverage.precision, "mRec": coverage.recall}
         values |= {"mCov": coverage.coverage, "mWCov": coverage.weighted_coverage}
         values |= {"part_errors": parts.points, "broken_instances": parts.instances}
         variants: dict[str, Any] = dict(self.variant_metrics.items())
         values |= {f"mIoU_{name}": variant.compute().miou for name, variant in variants.items()}
-        for metric in (self.precision, self.coverage, self.part_errors, *variants.values()):
+        for metric in (self.precision, self.baseline_precision, self.coverage, self.part_errors, *variants.values()):
             metric.reset()
         self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, sync_dist=True)
+
+
+def _on_source(found: list[Instances], sampled: Points, source: Points, rows: Tensor) -> list[Instances]:
+    """The instances of sampled clouds, on the points they stand for."""
+    clouds = zip(
+        found, itertools.pairwise(sampled.offsets.tolist()), itertools.pairwise(source.offsets.tolist()), strict=True
+    )
+    return [
+        Instances.of(instances.labels(end - begin)[rows[first:last] - begin], instances.classes, instances.scores)
+        for instances, (begin, end), (first, last) in clouds
+    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +104,42 @@ def save_triptych(
     if actual is not None:
         panels.insert(1, ("truth", label_colors(actual, colors)))
         panels.append(_errors(actual, predicted))
+    present = [predicted] if actual is None else [predicted, actual]
+    return _draw_panels(path, points, panels, np.unique(np.concatenate(present)), names, colors)
+
+
+def save_label_panels(
+    path: str | Path,
+    points: Points,
+    panels: Mapping[str, Tensor | NDArray],
+    palette: Palette | None = None,
+    class_names: Sequence[str] | None = None,
+) -> Path:
+    """Write one cloud several times side by side, coloured by other labels each, with a legend.
+
+    Args:
+        points: the cloud.
+        panels: title -> ``(N,)`` class ids, negative where unlabelled.
+
+    Raises:
+        InputError: as :func:`save_triptych`.
+    """
+    labels = {title: np.asarray(values).astype(np.int64) for title, values in panels.items()}
+    present = np.unique(np.concatenate(list(labels.values())))
+    names = list(class_names or []) or [str(i) for i in range(int(present.max(initial=-1)) + 1)]
+    colors = list(palette or distinct_palette(len(names)))
+    drawn = [(title, label_colors(values, colors)) for title, values in labels.items()]
+    return _draw_panels(path, points, drawn, present, names, colors)
+
+
+def _draw_panels(
+    path: str | Path,
+    points: Points,
+    panels: list[tuple[str, NDArray]],
+    present: NDArray,
+    names: Sequence[str],
+    colors: Palette,
+) -> Path:
     raster = rasterize(points, (920, 800), choose_view(points, aspect=1.15))
     pictures = _crop([raster.paint(color) for _, color in panels])
     height, width, _ = pictures[0].shape
@@ -113,15 +149,14 @@ def save_triptych(
         axes.imshow(picture)
         axes.set_title(title, fontsize=14)
         axes.set_axis_off()
-    present = [predicted] if actual is None else [predicted, actual]
     figure.suptitle(
-        f"{points.describe().rsplit('/', 1)[-1]}   {_short(len(predicted))} points",
+        f"{points.describe().rsplit('/', 1)[-1]}   {_short(points.num_points)} points",
         fontsize=12,
         color="#56626c",
         x=0.012,
         ha="left",
     )
-    _legend(figure, np.unique(np.concatenate(present)), names, colors)
+    _legend(figure, present, names, colors)
     return _save(figure, path)
 
 

@@ -1,0 +1,95 @@
+"""Instance segmentation: it learns, freezes, scores, resumes and is rebuilt from its checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from tiny import ALLOW, CLASSES, TinyBackbone, TinyData, cloud, trainer
+
+from pc3d import InputError, Points
+from pc3d.data.pipeline import Pipeline
+from pc3d.data.transforms import CenterShift, GraphSegments, NormalizeColor
+from pc3d.models.heads import OffsetClustering, SegmentFusion
+from pc3d.tasks import InstanceSegmentation, OptimizerConfig, load_task, predict_cloud
+
+
+def lines() -> Pipeline:
+    prepare = [CenterShift(), GraphSegments(min_size=5, color_weight=1.0)]
+    return Pipeline(0.25, ["coord", "color"], prepare=prepare, finish=[NormalizeColor()])
+
+
+def labelled(seed: int) -> Points:
+    points = cloud(seed)
+    return points.with_attrs(instance=(points.coord[:, 0] > 1).long())
+
+
+class Scenes(TinyData):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pipeline = lines()
+
+    def train_dataloader(self) -> torch.utils.data.DataLoader:
+        samples = [self.pipeline.train(labelled(i), torch.Generator().manual_seed(i)) for i in range(4)]
+        return torch.utils.data.DataLoader(samples, batch_size=2, collate_fn=Points.cat)
+
+    def val_dataloader(self) -> torch.utils.data.DataLoader:
+        samples = [self.pipeline.evaluate(labelled(i)) for i in (10, 11)]
+        return torch.utils.data.DataLoader(samples, batch_size=2, collate_fn=Points.cat)
+
+    def test_dataloader(self) -> torch.utils.data.DataLoader:
+        return torch.utils.data.DataLoader([labelled(i) for i in (20, 21)], batch_size=1, collate_fn=list)
+
+
+def task(kind: str = "fusion", **options: object) -> InstanceSegmentation:
+    torch.manual_seed(7)
+    heads = {
+        "fusion": lambda: SegmentFusion(channels=16, depth=2, num_heads=2, min_points=3),
+        "offsets": lambda: OffsetClustering(radius=0.3, min_points=3),
+    }
+    options = {"optimizer": OptimizerConfig(lr=0.03), "min_instance_points": 10, "stuff": ["floor"], **options}
+    return InstanceSegmentation(TinyBackbone(), CLASSES, heads[kind](), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["fusion", "offsets"])
+def test_it_learns_and_scores(tmp_path: Path, kind: str) -> None:
+    model = task(kind)
+    run = trainer(tmp_path, max_epochs=25)
+    run.fit(model, Scenes())
+    run.test(model, Scenes(), verbose=False)
+    logged = run.callback_metrics
+    assert logged["test/mIoU"] > 0.45
+    names = {"AP", "AP50", "AP25", "mPrec", "mRec", "mCov", "mWCov", "part_errors", "broken_instances"}
+    assert {f"test/{name}" for name in names} <= set(logged)
+    assert ("test/mIoU_voting" in logged) == (kind == "fusion")
+
+
+def test_frozen_backbone_stays_and_resume_is_exact(tmp_path: Path) -> None:
+    frozen = {"freeze": ["^backbone", "^head"]}
+    whole, resumed = task(**frozen), task(**frozen)
+    before = {name: value.clone() for name, value in whole.state_dict().items()}
+    saving = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    trainer(tmp_path, callbacks=[saving]).fit(whole, Scenes())
+    trainer(tmp_path).fit(resumed, Scenes(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+        if name.startswith(("backbone.", "head.")):
+            assert torch.equal(value, before[name]), name
+    assert not torch.equal(
+        whole.state_dict()["instance_head.fusion.tokenizer.proj.weight"],
+        before["instance_head.fusion.tokenizer.proj.weight"],
+    )
+    loaded, pipeline, _ = load_task(tmp_path / "epoch=1.ckpt", allow=ALLOW)
+    assert isinstance(loaded, InstanceSegmentation)
+    points = labelled(30)
+    assert torch.equal(predict_cloud(loaded, pipeline, points), predict_cloud(whole.eval(), lines(), points))
+    classes, (found,) = loaded.predict_instances(pipeline.evaluate(points))
+    assert classes.shape == (points.num_points,)
+    assert (classes[found.rows] == torch.repeat_interleave(found.classes, found.sizes)).all()
+
+
+def test_unknown_stuff_is_refused() -> None:
+    with pytest.raises(InputError, match="ceiling unknown"):
+        task(stuff=["ceiling"])
