@@ -20,6 +20,7 @@ COMMANDS: dict[str, str] = {
     "export": "convert clouds, or a checkpoint to safetensors",
     "convert": "published checkpoints to ours, and back",
     "view": "look at a cloud, or render it to a picture",
+    "prepare": "check a raw data set and write it prepared",
     "data": "check a folder of clouds before training on it",
     "dataflow": "measure this machine for the sparse layers",
     "profile": "time every sparse layer of a network on a cloud",

@@ -168,7 +168,7 @@ class SameLength(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for config in trainer.lr_scheduler_configs:
             planned, now = getattr(config.scheduler, "total_steps", None), trainer.estimated_stepping_batches
-            if planned is not None and planned != now:
+            if planned is not None and planned != max(now, 2):  # torch's cycle has two steps at least
                 raise InputError(
                     f"{trainer.ckpt_path}: its schedule has {planned} steps, this run {now}: resume with the same "
                     "trainer.max_epochs, batch_size and data, or start a new run with --init_from"

@@ -76,6 +76,34 @@ def save_confusion_matrix(path: str | Path, confusion: Tensor | NDArray, class_n
     return _save(figure, path)
 
 
+def save_class_histogram(path: str | Path, counts: Mapping[str, Sequence[int]], class_names: Sequence[str]) -> Path:
+    """Write the share of every class as bars, one colour per split; a logarithmic axis, so that rare classes show.
+
+    Args:
+        counts: split -> ``(K,)`` points per class.
+
+    Raises:
+        InputError: if matplotlib is missing or the file cannot be written.
+    """
+    splits = {name: np.asarray(values, np.float64) for name, values in counts.items() if sum(values)}
+    figure = _figure(8, 1.6 + 0.26 * len(class_names), path)
+    axes = figure.add_subplot()
+    height = 0.8 / max(len(splits), 1)
+    for i, (name, values) in enumerate(splits.items()):
+        places = np.arange(len(class_names)) + (i - (len(splits) - 1) / 2) * height
+        label = f"{name} ({_short(values.sum())} points)"
+        axes.barh(places, np.maximum(100 * values / values.sum(), 1e-4), height, label=label)
+    axes.set_yticks(range(len(class_names)), class_names)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlim(left=1e-3)
+    axes.set_xlabel("percent of the labelled points")
+    axes.grid(axis="x", alpha=0.3)
+    if splits:
+        axes.legend(frameon=False)
+    return _save(figure, path)
+
+
 def save_triptych(
     path: str | Path,
     points: Points,

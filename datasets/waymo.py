@@ -1,0 +1,38 @@
+"""``Waymo``: Waymo Open Dataset LiDAR segmentation, in the layout Pointcept prepares."""
+
+from __future__ import annotations
+
+from pc3d.data.dataset import Split
+from pc3d.datasets.scenes import Scene, SceneDataset
+from pc3d.points import Points
+
+CLASSES = (
+    "car", "truck", "bus", "other vehicle", "motorcyclist", "bicyclist", "pedestrian", "sign", "traffic light", "pole",
+    "construction cone", "bicycle", "motorcycle", "building", "vegetation", "tree trunk", "curb", "road", "lane marker",
+    "other ground", "walkable", "sidewalk",
+)  # fmt: skip
+_FOLDERS = {"train": "training", "val": "validation", "test": "testing"}
+
+
+class Waymo(SceneDataset):
+    """Labelled frames of five LiDARs, 22 classes (Sun et al., CVPR 2020, arXiv 1912.04838).
+
+    Prepared layout only: ``{training,validation,testing}/<segment>/<timestamp>/*.npy`` with ``coord``, ``strength``
+    and ``segment``.
+    """
+
+    layouts = "{training,validation,testing}/<segment>/<timestamp>/coord.npy"
+
+    def __init__(self, root: str | None = None) -> None:
+        super().__init__(root)
+        self.class_names = list(CLASSES)
+
+    def list_raw(self, split: Split) -> list[Scene] | None:
+        return None
+
+    def list_prepared(self, split: Split) -> list[Scene] | None:
+        scenes = self.prepared_scenes([_FOLDERS[split]])
+        return [] if scenes is None and self.prepared_scenes(_FOLDERS.values()) is not None else scenes
+
+    def load_raw(self, scene: Scene) -> Points:
+        raise NotImplementedError("Waymo has no raw layout here")
