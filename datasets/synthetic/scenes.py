@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from pc3d.datasets.s3dis import CLASSES as S3DIS_CLASSES
 from pc3d.datasets.scenes import write_prepared
 from pc3d.datasets.semantic_kitti import SemanticKITTI
 from pc3d.datasets.synthetic_rooms import SyntheticRooms
+from pc3d.io.kitti_object import Calibration, KittiObjects, write_objects
 from pc3d.io.labels import write_labels
 from pc3d.points import Points
 
@@ -126,6 +128,53 @@ def semantic_kitti(root: Path, seed: int = 0) -> None:
                 write_labels(folder / "labels" / f"{number:06d}.label", labels, cloud.get("instance") + 1)
 
 
+def kitti_object(root: Path, seed: int = 0) -> None:
+    """Two training frames, one to validate and one to test on, with calibration, labels of the cars and lists."""
+    calibration = {
+        "P0": "721.5 0 609.6 0 0 721.5 172.9 0 0 0 1 0",
+        "P1": "721.5 0 609.6 -387.6 0 721.5 172.9 0 0 0 1 0",
+        "P2": "721.5 0 609.6 44.86 0 721.5 172.9 0.2164 0 0 1 0.002746",
+        "P3": "721.5 0 609.6 -339.5 0 721.5 172.9 2.2 0 0 1 0.00273",
+        "R0_rect": "1 0 0 0 1 0 0 0 1",
+        "Tr_velo_to_cam": "0 -1 0 0 0 0 -1 -0.08 1 0 0 -0.27",
+        "Tr_imu_to_velo": "1 0 0 0 0 1 0 0 0 0 1 0",
+    }
+    text = "".join(f"{name}: {values}\n" for name, values in calibration.items())
+    names = {"train": ["000000", "000001"], "val": ["000002"], "test": ["000000"]}
+    for number, (split, name) in enumerate((split, name) for split, own in names.items() for name in own):
+        folder = root / ("testing" if split == "test" else "training")
+        cloud = street(seed + 300 + number)
+        rows = torch.cat([cloud.coord, cloud.get("strength")], 1).numpy().astype("<f4")
+        _write(folder / "velodyne" / f"{name}.bin", rows.tobytes())
+        _write(folder / "calib" / f"{name}.txt", text.encode())
+        if split != "test":
+            write_objects(
+                _made(folder / "label_2") / f"{name}.txt",
+                _cars(cloud, Calibration.read(folder / "calib" / f"{name}.txt")),
+            )
+    for split, own in names.items():
+        _write(root / "ImageSets" / f"{split}.txt", ("\n".join(own) + "\n").encode())
+
+
+def _cars(cloud: Points, calibration: Calibration) -> KittiObjects:
+    """Boxes around the cars of a street that the camera sees."""
+    boxes = []
+    for car in range(3):
+        own = cloud.coord[cloud.get("instance") == car].double().numpy()
+        low, high = own.min(0), own.max(0)
+        if low[0] > 4 and calibration.in_view((low + high)[None] / 2, 375, 1242)[0]:
+            boxes.append([*((low + high) / 2), *(high - low + 0.02), 0.0])
+    made = np.array(boxes).reshape(-1, 7)
+    objects = calibration.results(made, ["Car"] * len(made), np.ones(len(made)), 375, 1242)
+    zeros = np.zeros(len(made))
+    return replace(objects, truncated=zeros, occluded=zeros, scores=None)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def nuscenes(root: Path, seed: int = 0) -> None:
     """Two training keyframes and one each to validate and test on, with info files like Pointcept's."""
     codes = torch.tensor([next(code for code, number in LABEL_MAP.items() if number == i) for i in range(16)] + [0])
@@ -220,6 +269,7 @@ FIXTURES: dict[str, Callable[[Path, int], None]] = {
     "scannet": scannet,
     "s3dis": s3dis,
     "semantickitti": semantic_kitti,
+    "kitti": kitti_object,
     "nuscenes": nuscenes,
     "waymo": waymo,
 }

@@ -20,8 +20,12 @@ labels.yaml maps the codes in the files to class names, 'ignore' leaves points o
 
 
 def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["inspect"]:
+        from pc3d.cli.inspect_data import main as inspect
+
+        return inspect(arguments[1:])
     parser = Parser("data", "Check a folder of clouds: counts per class, unknown codes, ranges, grid size.", EXAMPLES)
-    parser.add_argument("action", metavar="check", help="the only action so far")
+    parser.add_argument("action", metavar="check", help="or inspect: see pc3d data inspect --help")
     parser.add_argument("folder", metavar="DIR", help="folder of clouds (or one file), searched with its sub-folders")
     parser.add_argument("--labels", metavar="YAML", help="label map: code -> class name")
     parser.add_argument("--label_field", metavar="NAME", help="field that holds the labels; default: a usual name")
@@ -29,7 +33,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", metavar="FILE", help="write the report as JSON too")
     options = parser.parse_args(arguments)
     if options.action != "check":
-        raise InputError(f"pc3d data: unknown action '{options.action}'{suggest(options.action, ['check'])}")
+        raise InputError(f"pc3d data: unknown action '{options.action}'{suggest(options.action, ['check', 'inspect'])}")
 
     from pc3d.data.check import check_folder
     from pc3d.io import atomic_write

@@ -34,6 +34,7 @@ def main(arguments: list[str]) -> int:
         "scannet": datasets.ScanNet,
         "s3dis": datasets.S3DIS,
         "semantickitti": datasets.SemanticKITTI,
+        "kitti": datasets.KITTIObject,
         "nuscenes": datasets.NuScenes,
     }
     out = Path(options.out)

@@ -104,6 +104,62 @@ def save_class_histogram(path: str | Path, counts: Mapping[str, Sequence[int]], 
     return _save(figure, path)
 
 
+def save_picture_grid(
+    path: str | Path, rows: Sequence[Sequence[tuple[str, Points]]], palette: Palette | None = None
+) -> Path:
+    """Write clouds as a grid of pictures, those with labels (``segment``) coloured by them, each from its own view.
+
+    Args:
+        rows: (title, cloud) of every picture.
+
+    Raises:
+        InputError: if matplotlib is missing or the file cannot be written.
+    """
+    columns = max((len(row) for row in rows), default=1)
+    figure = _figure(4.2 * columns, 3.6 * max(len(rows), 1) + 0.4, path)
+    for i, row in enumerate(rows):
+        for j, (title, cloud) in enumerate(row):
+            axes = figure.add_subplot(len(rows), columns, i * columns + j + 1)
+            colors = point_colors(cloud, "label" if j or "color" not in cloud else "auto", palette)
+            axes.imshow(rasterize(cloud, (560, 460), choose_view(cloud, aspect=1.2)).paint(colors))
+            axes.set_title(f"{title}, {_short(cloud.num_points)} points", fontsize=10)
+            axes.set_axis_off()
+    return _save(figure, path)
+
+
+def save_bird_eye_view(
+    path: str | Path, points: Points, boxes: Sequence[Sequence[float]], names: Sequence[str] | None = None
+) -> Path:
+    """Write one LiDAR cloud from above with oriented boxes; a line marks their front.
+
+    Args:
+        boxes: ``x, y, z, dx, dy, dz, heading`` of each box.
+        names: a label per box.
+
+    Raises:
+        InputError: if matplotlib is missing or the file cannot be written.
+    """
+    import torch
+
+    from pc3d.ops.boxes import box_corners
+
+    coord = points.coord.cpu().numpy()
+    figure = _figure(9, 7, path)
+    axes = figure.add_subplot()
+    axes.scatter(coord[:, 0], coord[:, 1], s=0.3, c=coord[:, 2], cmap="viridis", linewidths=0)
+    corners = box_corners(torch.tensor(boxes, dtype=torch.float64).reshape(-1, 7)).numpy()[:, :4, :2]
+    for i, corner in enumerate(corners):
+        axes.plot(*corner[[0, 1, 2, 3, 0]].T, color="#d62728", linewidth=1.4)
+        axes.plot(*corner[[0, 1]].T, color="#1f3a93", linewidth=2.2)
+        if names is not None:
+            axes.annotate(str(names[i]), corner.max(0), fontsize=8, color="#d62728")
+    axes.set_aspect("equal")
+    axes.set_xlabel("x in metres")
+    axes.set_ylabel("y in metres")
+    axes.set_title(f"{points.describe().rsplit('/', 1)[-1]}   {len(boxes)} boxes", fontsize=11, loc="left")
+    return _save(figure, path)
+
+
 def save_triptych(
     path: str | Path,
     points: Points,

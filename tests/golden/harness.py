@@ -50,9 +50,12 @@ class Golden:
 
 
 def golden_files(family: str) -> list[Any]:
-    """One test parameter per file ``<family>-*.npz`` in ``$PC3D_GOLDEN_DIR``; the test id is the file's stem."""
+    """One test parameter per file ``<family>.npz`` or ``<family>-*.npz`` in ``$PC3D_GOLDEN_DIR``, named by its stem."""
     folder = ROOT / os.environ.get("PC3D_GOLDEN_DIR", "../shared/reference/golden")
-    return [pytest.param(Golden(path), id=path.stem) for path in sorted(folder.glob(f"{family}-*.npz"))]
+    return [
+        pytest.param(Golden(path), id=path.stem)
+        for path in sorted({*folder.glob(f"{family}.npz"), *folder.glob(f"{family}-*.npz")})
+    ]
 
 
 def sorted_rows(coord: Tensor) -> Tensor:

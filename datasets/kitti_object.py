@@ -1,0 +1,108 @@
+"""``KITTIObject``: frames of the KITTI object benchmark with their boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pc3d.data.dataset import IGNORE, Split
+from pc3d.datasets.scenes import Scene, SceneDataset
+from pc3d.errors import InputError
+from pc3d.io import read
+from pc3d.io.kitti_object import Calibration, KittiObjects, read_objects
+from pc3d.ops.boxes import points_in_boxes
+from pc3d.points import Points
+
+CLASSES = ("Car", "Pedestrian", "Cyclist")
+_IMAGE = (375, 1242)  # height and width of most frames
+
+
+class KITTIObject(SceneDataset):
+    """LiDAR frames with 3D boxes, 3712 / 3769 / 7518 (Geiger et al., CVPR 2012).
+
+    ``{training,testing}/{velodyne,calib,label_2}`` with ``ImageSets/{train,val,test}.txt`` beside them; without
+    ``ImageSets`` all training frames are trained, validated and tested on, with one warning. Attributes: ``strength``,
+    ``segment`` (the class whose box a point lies in, -1 outside) and ``instance`` (number of the box). ``meta`` holds
+    ``boxes`` (list of ``x y z dx dy dz heading`` in the LiDAR frame, centre and size in metres), ``box_names``, and
+    ``plane`` (a, b, c, d of the ground in the camera frame) where ``planes/`` has it.
+
+    Args:
+        root: folder that holds ``training``.
+        in_view: keep only points that the camera sees, as the benchmark's detectors do.
+    """
+
+    layouts = "training/{velodyne,calib,label_2}, and ImageSets/*.txt"
+    writes = False
+
+    def __init__(self, root: str | None = None, in_view: bool = True) -> None:
+        super().__init__(root)
+        self.in_view = in_view
+        self.class_names = list(CLASSES)
+
+    def list_raw(self, split: Split) -> list[Scene] | None:
+        assert self.root is not None
+        if not (self.root / "training" / "velodyne").is_dir():
+            return None
+        listing = self.root / "ImageSets" / f"{split}.txt"
+        folder = self.root / ("testing" if split == "test" and listing.is_file() else "training")
+        if listing.is_file():
+            names = listing.read_text().split()
+        elif (self.root / "ImageSets").is_dir():
+            return []
+        else:
+            names = sorted(path.stem for path in (folder / "velodyne").glob("*.bin"))
+        return [Scene(name, f"{folder.name}/{name}", folder / "velodyne" / f"{name}.bin") for name in names]
+
+    def list_prepared(self, split: Split) -> list[Scene] | None:
+        return None
+
+    def files(self, scene: Scene) -> Iterable[Path]:
+        assert scene.raw is not None
+        folder, name = scene.raw.parent.parent, scene.raw.stem
+        return [scene.raw, folder / "calib" / f"{name}.txt", folder / "label_2" / f"{name}.txt"]
+
+    def calibration(self, scene: Scene) -> Calibration:
+        _, calibration, _ = self.files(scene)
+        return Calibration.read(calibration)
+
+    def objects(self, scene: Scene) -> KittiObjects | None:
+        """The labels of a frame; None for frames of the test set."""
+        _, _, labels = self.files(scene)
+        return None if scene.place.startswith("testing/") else read_objects(labels)
+
+    def load_raw(self, scene: Scene) -> Points:
+        assert scene.raw is not None
+        points = read(scene.raw, columns=4)
+        calibration, objects = self.calibration(scene), self.objects(scene)
+        if self.in_view:
+            seen = calibration.in_view(points.coord.double().numpy(), *_IMAGE)
+            points = points.select(torch.from_numpy(seen).nonzero()[:, 0])
+        meta = dict(points.meta[0])
+        segment = torch.full((points.num_points,), IGNORE)
+        instance = segment.clone()
+        if objects is not None:
+            objects = objects.take(np.array([name != "DontCare" for name in objects.names], dtype=bool))
+            boxes = calibration.boxes_to_lidar(objects)
+            meta |= {"boxes": boxes.tolist(), "box_names": objects.names}
+            inside = points_in_boxes(points.coord, torch.from_numpy(boxes))
+            for number, name in enumerate(objects.names):
+                instance[inside[:, number]] = number
+                segment[inside[:, number]] = CLASSES.index(name) if name in CLASSES else IGNORE
+        plane = scene.raw.parent.parent / "planes" / f"{scene.raw.stem}.txt"
+        if plane.is_file():
+            meta["plane"] = read_plane(plane)
+        return points.with_attrs(segment=segment, instance=instance).replace(meta=[meta])
+
+
+def read_plane(path: Path) -> tuple[float, float, float, float]:
+    """Ground plane ``a x + b y + c z + d = 0`` in the camera frame, of unit normal, pointing up (b <= 0)."""
+    try:
+        a, b, c, d = (float(value) for value in path.read_text().splitlines()[3].split())
+    except (IndexError, ValueError) as error:
+        raise InputError(f"{path}: line 4 is not four numbers a b c d") from error
+    sign = -1.0 if b > 0 else 1.0
+    length = sign * (a * a + b * b + c * c) ** 0.5
+    return a / length, b / length, c / length, d / length

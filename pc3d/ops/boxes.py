@@ -1,0 +1,106 @@
+"""Oriented boxes: corners, points inside, exact overlap of rotated rectangles.
+
+A rectangle is ``x, y, length, width, angle``: its length lies along (cos angle, sin angle). A LiDAR box is ``x, y, z``
+of its centre, ``dx, dy, dz`` and the heading about z.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_PAIRS_AT_ONCE = 1 << 18
+
+
+def rectangle_intersection(a: Tensor, b: Tensor) -> Tensor:
+    """``(N, M)`` float64 area shared by each of ``(N, 5)`` and each of ``(M, 5)`` rectangles.
+
+    Exact but for rounding (float64, relative to one of the two): equal rectangles share their whole area.
+    """
+    a, b = a.double(), b.double()
+    reach = [boxes[:, 2:4].norm(dim=1) / 2 for boxes in (a, b)]
+    near = (a[:, None, :2] - b[None, :, :2]).norm(dim=2) < reach[0][:, None] + reach[1]
+    area = a.new_zeros(len(a), len(b))
+    rows, columns = near.nonzero().unbind(1)
+    for i, j in zip(rows.split(_PAIRS_AT_ONCE), columns.split(_PAIRS_AT_ONCE), strict=True):
+        area[i, j] = _shared_area(a[i], b[j])
+    return area
+
+
+def rectangle_iou(a: Tensor, b: Tensor) -> Tensor:
+    """``(N, M)`` float64 intersection over union of rectangles ``(N, 5)`` and ``(M, 5)``."""
+    shared = rectangle_intersection(a, b)
+    union = (a[:, 2] * a[:, 3]).double()[:, None] + (b[:, 2] * b[:, 3]).double() - shared
+    return shared / union.clamp(min=1e-12)
+
+
+def _shared_area(a: Tensor, b: Tensor) -> Tensor:
+    """``(P,)`` area of pairs: corners of either inside the other and crossings of edges, sorted around their middle."""
+    half, other = a[:, None, 2:4] / 2, b[:, None, 2:4] / 2
+    slack = 1e-9 * (half.amax(-1) + other.amax(-1))
+    offset = _turn(b[:, None, :2] - a[:, None, :2], -a[:, 4])[:, 0]  # of b in the frame of a
+    turn = b[:, 4] - a[:, 4]
+    corners_b = _turn(_unit_corners(a) * b[:, None, 2:4], turn) + offset[:, None]
+    corners_a = _unit_corners(a) * a[:, None, 2:4]
+    inside_a = (corners_b.abs() <= half + slack[..., None]).all(2)
+    inside_b = (_turn(corners_a - offset[:, None], -turn).abs() <= other + slack[..., None]).all(2)
+    crossings, crosses = _edge_crossings(corners_b, half[:, 0])
+    points = torch.cat([corners_b, corners_a, crossings], 1)
+    valid = torch.cat([inside_a, inside_b, crosses], 1)
+    count = valid.sum(1, keepdim=True)
+    middle = (points * valid[..., None]).sum(1, keepdim=True) / count.clamp(min=1)[..., None]
+    around = points - middle
+    angle = torch.atan2(around[..., 1], around[..., 0]).masked_fill(~valid, 9.0)
+    order = angle.argsort(dim=1)
+    around = around.gather(1, order[..., None].expand_as(around))
+    first = around[:, :1].expand_as(around)
+    around = torch.where((torch.arange(around.shape[1], device=a.device) < count)[..., None], around, first)
+    following = around.roll(-1, 1)
+    area = (around[..., 0] * following[..., 1] - around[..., 1] * following[..., 0]).sum(1) / 2
+    return torch.where(count[:, 0] > 2, area.clamp(min=0), 0.0)
+
+
+def _unit_corners(like: Tensor) -> Tensor:
+    return like.new_tensor([[0.5, 0.5], [-0.5, 0.5], [-0.5, -0.5], [0.5, -0.5]])
+
+
+def _turn(points: Tensor, angle: Tensor) -> Tensor:
+    """``(P, K, 2)`` points turned by ``(P,)`` angles."""
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    x, y = points.unbind(-1)
+    return torch.stack([cos * x - sin * y, sin * x + cos * y], -1)
+
+
+def _edge_crossings(corners: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the edges of a quadrilateral meet the sides of the box ``|x|, |y| <= half``: ``(P, 16, 2)`` and whether."""
+    start, step = corners, corners.roll(-1, 1) - corners
+    points, valid = [], []
+    for axis in (0, 1):
+        for side in (-1.0, 1.0):
+            line = side * half[:, axis, None]
+            flat = step[..., axis] == 0
+            t = (line - start[..., axis]) / torch.where(flat, torch.ones_like(step[..., axis]), step[..., axis])
+            along = start[..., 1 - axis] + t * step[..., 1 - axis]
+            point = torch.stack([line.expand_as(along), along], -1)
+            points.append(point if axis == 0 else point.flip(-1))
+            valid.append(~flat & (t >= 0) & (t <= 1) & (along.abs() <= half[:, 1 - axis, None]))
+    return torch.cat(points, 1), torch.cat(valid, 1)
+
+
+def box_corners(boxes: Tensor) -> Tensor:
+    """``(N, 8, 3)`` corners of LiDAR boxes ``(N, 7)``: the lower four, then the upper four."""
+    signs = boxes.new_tensor([[1, 1], [1, -1], [-1, -1], [-1, 1]]) / 2
+    flat = _turn(signs * boxes[:, None, 3:5], boxes[:, 6]) + boxes[:, None, :2]
+    low, high = (boxes[:, None, 2:3] + side * boxes[:, None, 5:6] / 2 for side in (-1, 1))
+    return torch.cat([torch.cat([flat, z.expand(-1, 4, -1)], 2) for z in (low, high)], 1)
+
+
+def points_in_boxes(coord: Tensor, boxes: Tensor) -> Tensor:
+    """``(N, M)`` bool: which of ``(N, 3)`` points lie in which of ``(M, 7)`` LiDAR boxes, faces included."""
+    inside = []
+    for box in boxes:  # one at a time: M is small, N is not
+        local = coord - box[:3].to(coord)
+        x, y = _turn(local[None, :, :2].double(), -box[6:7].double())[0].unbind(1)
+        half = box[3:6].double() / 2
+        inside.append((x.abs() <= half[0]) & (y.abs() <= half[1]) & (local[:, 2].double().abs() <= half[2]))
+    return torch.stack(inside, 1) if inside else torch.zeros(len(coord), 0, dtype=torch.bool, device=coord.device)
