@@ -1,6 +1,8 @@
 """Metrics, one protocol per file."""
 
+from pc3d.metrics.few_shot import FewShotScore, few_shot_score
 from pc3d.metrics.instances import Instances
+from pc3d.metrics.panoptic import PanopticQuality, PanopticScores
 from pc3d.metrics.part_errors import PartErrors, PartMisclassification
 from pc3d.metrics.s3dis_instances import CoverageScores, InstanceCoverage
 from pc3d.metrics.scannet_instances import InstanceAveragePrecision, InstanceScores
@@ -8,13 +10,17 @@ from pc3d.metrics.segmentation import SegmentationMetrics, SegmentationScores, s
 
 __all__ = [
     "CoverageScores",
+    "FewShotScore",
     "InstanceAveragePrecision",
     "InstanceCoverage",
     "InstanceScores",
     "Instances",
+    "PanopticQuality",
+    "PanopticScores",
     "PartErrors",
     "PartMisclassification",
     "SegmentationMetrics",
     "SegmentationScores",
+    "few_shot_score",
     "scores_from_confusion",
 ]
