@@ -7,6 +7,10 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
+
+if not torch.cuda.is_available():  # before anything imports Triton: its kernels then run, slowly, on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The same examples on every machine; HYPOTHESIS_PROFILE=explore looks for new ones.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)

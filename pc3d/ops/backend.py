@@ -1,7 +1,8 @@
-"""Which implementation of an op runs: the C++ extension when it is built, plain PyTorch otherwise.
+"""Which implementation of an op runs: C++ on the CPU, Triton on a GPU where an op has it, plain PyTorch otherwise.
 
 This is the one documented dispatch setting of the package: :func:`use_backend` (or ``PC3D_BACKEND=reference``) forces
-the plain-PyTorch path, which every kernel is tested against.
+the plain-PyTorch path, which every kernel is tested against. ``triton`` sends CPU tensors to the Triton kernels, in
+Triton's interpreter (set ``TRITON_INTERPRET=1`` before anything imports Triton): for tests, it is very slow.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Literal
 
 import torch
 
-Backend = Literal["auto", "reference"]
+Backend = Literal["auto", "reference", "triton"]
 _IS_BUILT = find_spec("pc3d._C") is not None
 _choice: Backend = "reference" if os.environ.get("PC3D_BACKEND") == "reference" else "auto"
 
@@ -44,6 +45,19 @@ def cpu_kernels(*tensors: torch.Tensor) -> ModuleType | None:
     if kernels is not None:
         kernels.set_num_threads(torch.get_num_threads())
     return kernels
+
+
+def on_triton(*tensors: torch.Tensor) -> bool:
+    """Whether the Triton kernels of an op are to serve ``tensors``."""
+    if _choice == "reference" or not _has_triton():
+        return False
+    wanted = "cpu" if _choice == "triton" else "cuda"
+    return all(t.device.type in ("cuda", wanted) for t in tensors)
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def on_cpu_kernels(*tensors: torch.Tensor) -> bool:

@@ -1,8 +1,9 @@
 """Sparse convolution over a kernel map: forward and gradients, for every layer of ``pc3d.sparse``.
 
 Forward ``Y[o] = sum_k X[i] W_k``, input gradient ``dX[i] = sum_k dY[o] W_k^T`` and weight gradient
-``dW_k = sum X[i]^T dY[o]`` over the pairs ``(i, o)`` of the map. On the CPU, float32 and half tensors go to the C++
-kernels, which work tile by tile of the output; everything else goes to the plain-PyTorch reference. Results do not
+``dW_k = sum X[i]^T dY[o]`` over the pairs ``(i, o)`` of the map. Float32 and half tensors go to the C++ kernels on the
+CPU, which work tile by tile of the output, and to the Triton kernels on a GPU (:mod:`pc3d.ops.conv_triton`); everything
+else goes to the plain-PyTorch reference. Results do not
 depend on the number of threads: the kernels give every sum one owner and one order, and in the reference each kernel
 offset is one single-threaded matrix product, added to the output in ascending order of the offsets.
 """
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pc3d.ops.backend import cpu_kernels
+from pc3d.ops.backend import cpu_kernels, on_triton
 from pc3d.ops.kernel_map import KernelMap
 
 # Pairs as the kernels want them: gathered rows, rows added to, first pair of every group of rows; see `_plan`.
@@ -102,6 +103,12 @@ def _sparse_conv(
     inverse_plan: Plan,
     flows: str,
 ) -> Tensor:
+    if _planned_for_triton(plan):
+        from pc3d.ops import conv_triton
+
+        return conv_triton.forward(
+            feat.detach(), weight.detach(), None if bias is None else bias.detach(), plan, num_out
+        )
     flow, _, tile = flows.split(",")[0].partition("@")
     kernels = _kernels(feat, plan) if flow == "os" else None
     if kernels is not None:
@@ -133,6 +140,10 @@ def _weight_grad(
     flows: str,
 ) -> Tensor:
     """``(K, Cin, Cout)``: ``sum feat[i]^T grad[o]`` over the pairs of each kernel offset."""
+    if _planned_for_triton(plan):
+        from pc3d.ops import conv_triton
+
+        return conv_triton.weight_grad(feat.detach(), grad.detach(), in_rows, out_rows, plan)
     kernels = _kernels(feat, plan) if flows.split(",")[2] == "fod" else None
     if kernels is not None:
         out = feat.new_empty(len(offsets) - 1, feat.shape[1], grad.shape[1], dtype=torch.float32)
@@ -250,6 +261,10 @@ _sum_rows.register_autograd(_sum_rows_backward, setup_context=_sum_rows_setup)
 
 def _plans(feat: Tensor, kmap: KernelMap) -> tuple[Plan, Plan]:
     """Plans of the map and of its inverse, which only gradients need; empty where the reference serves ``feat``."""
+    if feat.dtype in _KERNEL_DTYPES and on_triton(feat, kmap.in_rows):
+        from pc3d.ops.conv_triton import kernel_map_plans
+
+        return kernel_map_plans(kmap)
     kernels = cpu_kernels(feat, kmap.in_rows) if feat.dtype in _KERNEL_DTYPES else None
     if kernels is None:
         return [], []
@@ -262,6 +277,10 @@ def _plans(feat: Tensor, kmap: KernelMap) -> tuple[Plan, Plan]:
         inverse_plan = _plan(kernels, kmap.out_rows, kmap.in_rows, kmap.offsets, kmap.num_out, kmap.num_in)
         kmap.plans["conv_inverse"] = inverse_plan
     return plan, kmap.plans["conv_inverse"]
+
+
+def _planned_for_triton(plan: Plan) -> bool:
+    return len(plan) == 7  # the C++ kernels' plans have three parts, the reference's none
 
 
 def _plan(kernels: ModuleType, gather: Tensor, scatter: Tensor, offsets: Tensor, sources: int, rows: int) -> Plan:

@@ -1,0 +1,110 @@
+"""The Triton kernels of sparse convolution against the reference: interpreted, or on a GPU where there is one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from pc3d.ops.backend import use_backend
+from pc3d.ops.conv import sparse_conv
+from pc3d.ops.kernel_map import KernelMap, strided_map, submanifold_map
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def coordinates(voxels: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    batch = torch.randint(0, 2, (voxels, 1), generator=generator)
+    coord = torch.cat([batch, torch.randint(-5, 5, (voxels, 3), generator=generator)], 1).unique(dim=0)
+    return coord[torch.randperm(len(coord), generator=generator)].int()
+
+
+def kernel_maps() -> dict[str, KernelMap]:
+    coord = coordinates(150)
+    down = strided_map(coord, (2, 2, 2), (2, 2, 2))[1]
+    return {
+        "submanifold": submanifold_map(coord, (3, 3, 3)),
+        "large kernel": submanifold_map(coord[:40], (5, 5, 5)),
+        "down": down,
+        "up": down.inverse(),
+        "one voxel": submanifold_map(coord[:1], (3, 3, 3)),
+        "empty": submanifold_map(coord[:0], (3, 3, 3)),
+        "no pairs": KernelMap(*[torch.empty(0, dtype=torch.int32)] * 2, torch.zeros(9, dtype=torch.int64), 5, 30),
+    }
+
+
+MAPS = kernel_maps()
+
+
+def run(kmap: KernelMap, cin: int, cout: int, dtype: torch.dtype, backend) -> list[Tensor]:
+    """Output, and gradients of features, weight and bias."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = (kmap.num_in, cin), (kmap.kernel_volume, cin, cout), (cout,)
+    operands = [torch.randn(shape, generator=generator).to(DEVICE, dtype).requires_grad_() for shape in shapes]
+    rows = [t.to(DEVICE) for t in (kmap.in_rows, kmap.out_rows)]
+    moved = KernelMap(*rows, kmap.offsets, kmap.num_in, kmap.num_out)
+    with use_backend(backend):
+        out = sparse_conv(operands[0], operands[1], moved, operands[2])
+        upstream = torch.randn(out.shape, generator=generator).to(DEVICE, dtype)
+        return [out, *torch.autograd.grad(out, operands, upstream)]
+
+
+@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize(("cin", "cout"), [(3, 5), (33, 40)])
+def test_equals_the_reference(name, cin, cout):
+    found, expected = (run(MAPS[name], cin, cout, torch.float32, backend) for backend in ("triton", "reference"))
+    for left, right in zip(found, expected, strict=True):
+        scale = max(1.0, float(right.abs().max())) if right.numel() else 1.0
+        torch.testing.assert_close(left, right, atol=1e-5 * scale, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_inputs(dtype):
+    found, expected = (run(MAPS["submanifold"], 16, 16, dtype, backend) for backend in ("triton", "reference"))
+    for left, right in zip(found, expected, strict=True):
+        assert left.dtype == dtype
+        ulp = torch.finfo(dtype).eps * right.float().abs().clamp(min=1)
+        assert ((left.float() - right.float()).abs() <= 2 * ulp).all()
+
+
+def test_the_kernels_are_used_and_float64_is_not_theirs(monkeypatch):
+    from pc3d.ops import conv_triton
+
+    calls = []
+    original = conv_triton.forward
+    monkeypatch.setattr(conv_triton, "forward", lambda *args: calls.append(1) or original(*args))
+    kmap = MAPS["down"]
+    run(kmap, 4, 4, torch.float32, "triton")
+    assert len(calls) == 2  # forward and input gradient
+    run(kmap, 4, 4, torch.float64, "triton")
+    assert len(calls) == 2
+
+
+def test_tiles_name_the_offsets_they_have():
+    from pc3d.ops.conv_triton import TILE, WINDOW, plan
+
+    kmap = MAPS["large kernel"]
+    table, orders, pointer, lists, *_ = plan(kmap.in_rows, kmap.out_rows, kmap.offsets, kmap.num_out)
+    tiles = -(-kmap.num_out // TILE)
+    assert len(orders) == -(-kmap.kernel_volume // WINDOW)
+    assert int((table >= 0).sum()) == kmap.num_pairs
+    for window, order in enumerate(orders):
+        assert order.sort().values.tolist() == list(range(kmap.num_out))
+        for tile in range(tiles):
+            rows = order[tile * TILE : (tile + 1) * TILE].long()
+            begin, end = pointer[window * (tiles + 1) + tile :][:2].tolist()
+            inside = range(window * WINDOW, min((window + 1) * WINDOW, kmap.kernel_volume))
+            assert lists[begin:end].tolist() == [k for k in inside if (table[k, rows] >= 0).any()]
+
+
+def test_many_chunks_of_pairs(monkeypatch):
+    from pc3d.ops import conv_triton
+
+    monkeypatch.setattr(conv_triton, "_CHUNK", 16)
+    coord = coordinates(120, seed=3)
+    found = run(submanifold_map(coord, (3, 3, 3)), 8, 8, torch.float32, "triton")
+    expected = run(submanifold_map(coord, (3, 3, 3)), 8, 8, torch.float32, "reference")
+    torch.testing.assert_close(found[2], expected[2], atol=1e-4, rtol=1e-4)
