@@ -62,7 +62,7 @@ def _has_triton() -> bool:
 
 def on_cpu_kernels(*tensors: torch.Tensor) -> bool:
     """Whether the C++ extension is to serve ``tensors``; unlike :func:`cpu_kernels`, torch.compile can trace it."""
-    return _IS_BUILT and _choice != "reference" and all(t.device.type == "cpu" for t in tensors)
+    return _IS_BUILT and _choice == "auto" and all(t.device.type == "cpu" for t in tensors)
 
 
 @contextlib.contextmanager

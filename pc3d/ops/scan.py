@@ -6,7 +6,8 @@ states start anew at every cloud, and ``reverse`` walks each cloud from its end 
 Everything is computed in float32 (float64 inputs: in float64) and cast back to the dtype of the input. On the CPU,
 float32 and half inputs go to the C++ kernels, which keep one state per 64 tokens and compute the others again in the
 backward pass: memory grows with length x channels, whatever the size of the state. Their results do not depend on the
-number of threads. Everything else goes to the plain-PyTorch reference, token by token.
+number of threads. On a GPU with Triton they go to :mod:`pc3d.ops.scan_triton`, which works alike. Everything else goes
+to the plain-PyTorch reference, token by token.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pc3d.ops.backend import cpu_kernels, on_cpu_kernels
+from pc3d.ops.backend import cpu_kernels, on_cpu_kernels, on_triton
 
 _LARGEST_STATE = 256
 
@@ -66,6 +67,11 @@ def selective_scan(
     if wide == torch.float32 and B.shape[-1] <= _LARGEST_STATE and on_cpu_kernels(u, offsets):
         save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         y, last, _ = _scan(*tensors, offsets, delta_softplus, reverse, save)
+    elif wide == torch.float32 and on_triton(u, offsets) and _triton_serves(B, C):
+        from pc3d.ops import scan_triton
+
+        rates = tensors[2].expand(-1, B.shape[-1])
+        y, last, _, _ = scan_triton.scan(*tensors[:2], rates, *tensors[3:], offsets, delta_softplus, reverse)
     else:
         y, last = _reference(*tensors, offsets, delta_softplus, reverse)  # type: ignore[call-arg]
     return y.to(u.dtype), last
@@ -165,6 +171,12 @@ def causal_conv1d(
         shifted = rows.roll(-back if reverse else back, 0) * (place >= back)[:, None]
         y = torch.addcmul(y, shifted, taps[:, width - 1 - back])
     return (F.silu(y) if silu else y).to(x.dtype)
+
+
+def _triton_serves(B: Tensor, C: Tensor) -> bool:
+    from pc3d.ops import scan_triton
+
+    return scan_triton.serves(B, C)
 
 
 def _place_in_cloud(offsets: Tensor, tokens: int, reverse: bool) -> Tensor:
