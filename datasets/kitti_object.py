@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from pc3d.ops.boxes import points_in_boxes
 from pc3d.points import Points
 
 CLASSES = ("Car", "Pedestrian", "Cyclist")
-_IMAGE = (375, 1242)  # height and width of most frames
+_IMAGE = (375, 1242)  # height and width of most frames, where the picture itself is not there
 
 
 class KITTIObject(SceneDataset):
@@ -27,7 +28,8 @@ class KITTIObject(SceneDataset):
     ``ImageSets`` all training frames are trained, validated and tested on, with one warning. Attributes: ``strength``,
     ``segment`` (the class whose box a point lies in, -1 outside) and ``instance`` (number of the box). ``meta`` holds
     ``boxes`` (list of ``x y z dx dy dz heading`` in the LiDAR frame, centre and size in metres), ``box_names``, and
-    ``plane`` (a, b, c, d of the ground in the camera frame) where ``planes/`` has it.
+    ``plane`` (a, b, c, d of the ground in the camera frame) where ``planes/`` has it. Of ``image_2`` only the size is
+    read.
 
     Args:
         root: folder that holds ``training``.
@@ -78,7 +80,8 @@ class KITTIObject(SceneDataset):
         points = read(scene.raw, columns=4)
         calibration, objects = self.calibration(scene), self.objects(scene)
         if self.in_view:
-            seen = calibration.in_view(points.coord.double().numpy(), *_IMAGE)
+            size = image_size(scene.raw.parent.parent / "image_2" / f"{scene.raw.stem}.png")
+            seen = calibration.in_view(points.coord.double().numpy(), *size)
             points = points.select(torch.from_numpy(seen).nonzero()[:, 0])
         meta = dict(points.meta[0])
         segment = torch.full((points.num_points,), IGNORE)
@@ -95,6 +98,18 @@ class KITTIObject(SceneDataset):
         if plane.is_file():
             meta["plane"] = read_plane(plane)
         return points.with_attrs(segment=segment, instance=instance).replace(meta=[meta])
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Height and width in the header of a PNG; those of most frames if there is no file."""
+    if not path.is_file():
+        return _IMAGE
+    with path.open("rb") as file:
+        header = file.read(24)
+    if len(header) < 24 or header[:8] != b"\x89PNG\r\n\x1a\n":
+        raise InputError(f"{path}: is not a PNG picture")
+    width, height = struct.unpack(">II", header[16:24])
+    return height, width
 
 
 def read_plane(path: Path) -> tuple[float, float, float, float]:

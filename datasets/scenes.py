@@ -27,11 +27,15 @@ STATS = "stats.json"
 
 @dataclass(frozen=True)
 class Scene:
-    """One cloud on disk: its name, its path below a prepared root, and the raw file or folder (None: prepared)."""
+    """One cloud on disk: its name, its path below a prepared root, and the raw file or folder (None: prepared).
+
+    ``row`` is its place in a raw file of many clouds.
+    """
 
     name: str
     place: str
     raw: Path | None
+    row: int = 0
 
 
 class SceneDataset(PointDataset):

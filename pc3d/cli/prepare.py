@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pc3d.cli.parser import Parser, suggest
 from pc3d.errors import InputError
+
+if TYPE_CHECKING:
+    from pc3d.datasets.scenes import SceneDataset
 
 EXAMPLES = """\
   pc3d prepare scannet --raw /data/scannet --out /data/scannet-prepared --workers 8
@@ -28,23 +34,33 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of a miniature")
     options = parser.parse_args(arguments)
     from pc3d import datasets
-    from pc3d.datasets.synthetic.scenes import FIXTURES
+    from pc3d.datasets.synthetic import objects, scenes
 
-    known = {
+    fixtures = scenes.FIXTURES | objects.FIXTURES
+    known: dict[str, Callable[..., SceneDataset]] = {
         "scannet": datasets.ScanNet,
         "s3dis": datasets.S3DIS,
         "semantickitti": datasets.SemanticKITTI,
         "kitti": datasets.KITTIObject,
         "nuscenes": datasets.NuScenes,
+        "modelnet40": datasets.ModelNet40,
+        "scanobjectnn": datasets.ScanObjectNN,
+        "scanobjectnn-obj-only": partial(datasets.ScanObjectNN, variant="OBJ_ONLY"),
+        "scanobjectnn-obj-bg": partial(datasets.ScanObjectNN, variant="OBJ_BG"),
+        "shapenetpart": datasets.ShapeNetPart,
+        "shapenet55": datasets.ShapeNet55,
+        "medpoints": datasets.MedPointS,
+        "medpoints-segmentation": partial(datasets.MedPointS, task="segmentation"),
+        "medpoints-completion": partial(datasets.MedPointS, task="completion"),
     }
     out = Path(options.out)
     if options.dataset == "fixture":
         name = options.name or ""
-        if name not in FIXTURES:
+        if name not in fixtures:
             raise InputError(
-                f"pc3d prepare fixture: no data set '{name}'{suggest(name, FIXTURES)} ({', '.join(FIXTURES)})"
+                f"pc3d prepare fixture: no data set '{name}'{suggest(name, fixtures)} ({', '.join(fixtures)})"
             )
-        FIXTURES[name](out, options.seed)
+        fixtures[name](out, options.seed)
         print(f"wrote a miniature of {name} to {out}")
         return 0
     if options.dataset not in known:

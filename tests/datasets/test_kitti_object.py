@@ -12,10 +12,11 @@ import torch
 from pc3d import InputError
 from pc3d.cli import main
 from pc3d.datasets import KITTIObject
-from pc3d.datasets.kitti_object import read_plane
+from pc3d.datasets.kitti_object import image_size, read_plane
 from pc3d.datasets.synthetic.scenes import FIXTURES
 from pc3d.io.kitti_object import Calibration, read_objects, write_objects
 from pc3d.viz.figures import save_bird_eye_view
+from pc3d.viz.render import save_png
 
 
 def test_real_frames(data_dir: Path, tmp_path: Path) -> None:
@@ -67,6 +68,19 @@ def test_miniature_boxes_hold_their_cars(tmp_path: Path) -> None:
             assert (points.coord[own].double() - torch.tensor(box[:3])).norm(dim=1).max() < 3
             total += 1
     assert total
+
+
+def test_the_picture_tells_what_the_camera_sees(tmp_path: Path) -> None:
+    FIXTURES["kitti"](tmp_path, 0)
+    before = KITTIObject(str(tmp_path)).load("train", 0).num_points
+    picture = tmp_path / "training/image_2/000000.png"
+    picture.parent.mkdir()
+    save_png(picture, np.zeros((370, 700, 3), np.uint8))
+    assert image_size(picture) == (370, 700)
+    assert 0 < KITTIObject(str(tmp_path)).load("train", 0).num_points < before
+    picture.write_text("hello")
+    with pytest.raises(InputError, match="is not a PNG"):
+        KITTIObject(str(tmp_path)).load("train", 0)
 
 
 def test_planes_point_up(tmp_path: Path) -> None:
