@@ -22,6 +22,7 @@ COMMANDS: dict[str, str] = {
     "view": "look at a cloud, or render it to a picture",
     "prepare": "check a raw data set and write it prepared",
     "data": "check a folder of clouds before training on it",
+    "segments": "measure how pure graph segments are",
     "dataflow": "measure this machine for the sparse layers",
     "profile": "time every sparse layer of a network on a cloud",
 }

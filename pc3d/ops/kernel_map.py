@@ -16,6 +16,7 @@ from pc3d.errors import InputError
 from pc3d.ops.backend import cpu_kernels
 
 Triple = tuple[int, int, int]
+_SEARCHED_AT_ONCE = 1 << 25  # keys the reference looks up at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,15 +87,21 @@ def _submanifold_reference(coord: Tensor, kernel: Triple, spacing: Triple) -> Ke
     packing = _Packing.of(coord, reach)
     keys = packing.pack(coord)
     sorted_keys, order = _sort_unique(keys, coord)
-    out_rows = torch.arange(len(coord), device=coord.device, dtype=torch.int32)
-    ins, outs = [], []
-    for offset in _kernel_offsets(kernel):
-        shift = packing.shift([(o - k // 2) * d for o, k, d in zip(offset, kernel, spacing, strict=True)])
-        rows = _find(sorted_keys, order, keys + shift)
-        found = rows >= 0
-        ins.append(rows[found].to(torch.int32))
-        outs.append(out_rows[found])
-    return KernelMap(torch.cat(ins), torch.cat(outs), _borders(ins), len(coord), len(coord))
+    steps = [
+        [(o - k // 2) * d for o, k, d in zip(offset, kernel, spacing, strict=True)]
+        for offset in _kernel_offsets(kernel)
+    ]
+    shifts = torch.stack([packing.shift(step) for step in steps])
+    some = max(1, _SEARCHED_AT_ONCE // max(1, len(coord)))
+    ins, outs, counts = [], [], []
+    for part in shifts.split(some):  # one search, and one wait for the device, for many offsets
+        rows = _find(sorted_keys, order, (keys + part[:, None]).reshape(-1)).view(len(part), -1)
+        kernel_offset, out_row = (rows >= 0).nonzero().unbind(1)
+        ins.append(rows[kernel_offset, out_row].to(torch.int32))
+        outs.append(out_row.to(torch.int32))
+        counts.append(torch.bincount(kernel_offset, minlength=len(part)).cpu())
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat(counts).cumsum(0)])
+    return KernelMap(torch.cat(ins), torch.cat(outs), offsets, len(coord), len(coord))
 
 
 def strided_map(
