@@ -150,7 +150,7 @@ def predict_file(source: Path, target: Path, task: Any, pipeline: Any, card: Any
     import torch
 
     from pc3d.io import read, write, write_labels
-    from pc3d.tasks import labels_of, predict_cloud
+    from pc3d.tasks import InstanceSegmentation, labels_of, predict_cloud
     from pc3d.tasks.augmentations import augmentation_passes
 
     points = read(source, columns=_columns(options.columns), invalid=options.invalid)
@@ -164,17 +164,21 @@ def predict_file(source: Path, target: Path, task: Any, pipeline: Any, card: Any
         generator=torch.Generator().manual_seed(0),
     ).cpu()
     labels = labels_of(probabilities)
+    instance = task.cloud_instances(pipeline, points) if isinstance(task, InstanceSegmentation) else None
     suffix = target.suffix.lower()
     if suffix == ".label":
-        write_labels(target, label_codes(labels, card["label_map"]).clamp(min=0))
+        codes = label_codes(labels, card["label_map"]).clamp(min=0)
+        write_labels(target, codes, None if instance is None else instance + 1)
     else:
         las = suffix in (".las", ".laz")
         result = labelled(points, labels, probabilities, card, las, options.probabilities, options.keep_colors)
+        result = result if instance is None else result.with_attrs(instance=instance)
         write(target, result, template=source if _family(suffix) == _family(source.suffix.lower()) else None)
     shares = torch.bincount(labels[labels >= 0], minlength=len(task.class_names)) / max(len(labels), 1)
     largest = shares.argsort(descending=True)[:4].tolist()
     classes = ", ".join(f"{task.class_names[i]} {100 * shares[i]:.0f} %" for i in largest if shares[i] >= 0.005)
-    return f"{source} -> {target}: {len(labels):,} points; {classes}"
+    found = "" if instance is None else f"; {len(instance[instance >= 0].unique())} instances"
+    return f"{source} -> {target}: {len(labels):,} points; {classes}{found}"
 
 
 def labelled(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pc3d.data.pipeline import Pipeline
 from pc3d.errors import InputError
 from pc3d.losses import FeatureLoss, Loss
 from pc3d.metrics import (
@@ -85,6 +86,22 @@ class InstanceSegmentation(SemanticSegmentation):
         source, rows = original_rows(sampled)
         found = self.instance_head.instances(output, sampled)
         return output.logits.argmax(1)[rows], _on_source(found, sampled, source, rows)
+
+    def cloud_instances(self, pipeline: Pipeline, points: Points) -> Tensor:
+        """``(N,)`` int64 instance of every point of one raw cloud, -1 for none (or removed by ``pipeline.prepare``)."""
+        rows = torch.arange(points.num_points, device=points.device)
+        sampled = pipeline.evaluate(points.with_attrs(index=rows))
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                _, (found,) = self.predict_instances(sampled.to(self.device))
+        finally:
+            self.train(training)
+        source, _ = original_rows(sampled)
+        instance = torch.full((points.num_points,), -1)
+        instance[source.get("index").cpu()] = found.labels(source.num_points).cpu()
+        return instance
 
     def training_step(self, batch: Points, batch_idx: int) -> Tensor:
         self._reseed(self.current_epoch, batch_idx)

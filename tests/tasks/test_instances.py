@@ -88,6 +88,8 @@ def test_frozen_backbone_stays_and_resume_is_exact(tmp_path: Path) -> None:
     classes, (found,) = loaded.predict_instances(pipeline.evaluate(points))
     assert classes.shape == (points.num_points,)
     assert (classes[found.rows] == torch.repeat_interleave(found.classes, found.sizes)).all()
+    instance = loaded.cloud_instances(pipeline, points)
+    assert torch.equal(instance, found.labels(points.num_points))
 
 
 def test_unknown_stuff_is_refused() -> None:
