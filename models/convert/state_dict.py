@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -53,7 +54,8 @@ def convert_state_dict(
     }
     for name, conv in convs.items():
         check_semantics(name.removesuffix(".weight"), conv, layout)
-    problems = listing("missing", own.keys() - stored.keys()) + listing("unexpected", stored.keys() - own.keys())
+    missing, unexpected = own.keys() - stored.keys(), stored.keys() - own.keys()
+    problems = listing("missing", missing) + listing("unexpected", unexpected) + _nearest(missing, unexpected)
     wrong = []
     for name in own.keys() & stored.keys():
         shape = tuple(own[name].shape)
@@ -82,6 +84,14 @@ def listing(what: str, items: Iterable[str], shown: int = 4) -> list[str]:
         return []
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return [f"{len(names)} {what} ({', '.join(names[:shown])}{more})"]
+
+
+def _nearest(missing: Iterable[str], unexpected: Iterable[str], shown: int = 2) -> list[str]:
+    """What some missing names may be called in the file: the closest of its unexpected names."""
+    there = sorted(unexpected)
+    pairs = ((name, difflib.get_close_matches(name, there, n=1, cutoff=0.75)) for name in sorted(missing)[:50])
+    hints = [f"'{name}' may be '{close[0]}' in the file" for name, close in pairs if close]
+    return hints[:shown]
 
 
 def _renamed(state: Mapping[str, Tensor], layout: KernelLayout, rename: Sequence[tuple[str, str]]) -> dict[str, Tensor]:

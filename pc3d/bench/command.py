@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from pc3d.bench import fusion, kernel_maps, scan, segments, serialize, sparse, voxelize
+from pc3d.bench import backbones, fusion, kernel_maps, scan, segments, serialize, sparse, voxelize
 from pc3d.bench.clouds import load
 from pc3d.bench.figures import draw_growth, draw_ratios
 from pc3d.bench.timing import Timing, machine, report, table
@@ -24,6 +24,7 @@ EXAMPLES = """examples:
   tools/bench.py map --size 0.05 scan.ply sweep.bin --json runs/bench/map.json
   tools/bench.py serialize --size 0.005 --depth 16 --threads 1
   tools/bench.py sparse --threads 1 2 --only subm3_64 map --json runs/bench/sparse.json
+  tools/bench.py backbones scan.ply --size 0.02 --threads 2 --model PTv3
   tools/bench.py fusion --seconds 240 --picture runs/bench/fusion.png
   tools/bench.py scan --shape 8x1024x384x16 --threads 2
   tools/bench.py sparse scan.bin:0.05:6 sweep.npz:0.1 --picture runs/bench/sparse.png
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one benchmark; 0 when it ran, 2 on bad input (one line on stderr)."""
     args = _parser().parse_args(argv)
     try:
-        special = {"sparse": _run_sparse, "scan": _run_scan, "fusion": _run_fusion}
+        special = {"sparse": _run_sparse, "scan": _run_scan, "fusion": _run_fusion, "backbones": _run_backbones}
         return special.get(args.op, _run)(args)
     except InputError as error:
         print(f"bench {args.op}: {error}", file=sys.stderr)
@@ -84,6 +85,19 @@ def _run_scan(args: argparse.Namespace) -> int:
     return 0
 
 
+def _run_backbones(args: argparse.Namespace) -> int:
+    names = args.model or list(backbones.models())
+    unknown = sorted(set(names) - set(backbones.models()))
+    if unknown:
+        raise InputError(f"no backbone {unknown[0]!r}; there are {', '.join(backbones.models())}")
+    print(", ".join(f"{key} {value}" for key, value in machine().items() if key != "threads"))
+    threads = args.threads or torch.get_num_threads()
+    clouds = load(args.clouds, args.points)
+    timings = backbones.run(clouds, (args.size or args.default_sizes)[0], names, args.rounds, threads)
+    _write_json(args.json, {"machine": machine(), "rows": backbones.rows(timings)})
+    return 0
+
+
 def _run_fusion(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -123,6 +137,10 @@ def _parser() -> argparse.ArgumentParser:
     curves.add_argument(
         "--depth", type=int, help="bits per axis (default: what the cells need, as published models do)"
     )
+    networks = ops.add_parser("backbones", help="whole backbones: forward pass and training step, time and memory")
+    _add_shared(networks, points=200_000, sizes=[0.05])
+    networks.set_defaults(rounds=3)
+    networks.add_argument("--model", action="append", metavar="NAME", help="may repeat (default: all)")
     graphs = ops.add_parser("segments", help="graph segmentation, step by step")
     _add_shared(graphs, points=200_000, sizes=[0.02, 0.05])
     parts = ops.add_parser("fusion", help="Segment-Fusion on rooms with part errors put in: what it repairs")

@@ -87,3 +87,14 @@ def test_scan_engines_agree_and_are_timed(tmp_path: Path, capsys) -> None:
     with pytest.raises(SystemExit):
         main(["scan", "--shape", "2x64"])
     assert "is not BATCHxLENGTHxCHANNELSxSTATE" in capsys.readouterr().err
+
+
+def test_backbones_are_timed(tmp_path: Path, capsys) -> None:
+    target = tmp_path / "backbones.json"
+    arguments = ["backbones", "--points", "1500", "--size", "0.3", "--model", "LitePT-S", "--threads", "1"]
+    assert main([*arguments, "--json", str(target)]) == 0
+    (row,) = json.loads(target.read_text())["rows"]
+    assert row["parameters"] > 12e6
+    assert 0 < row["forward_ms"] < row["step_ms"]
+    assert main(["backbones", "--model", "nothing"]) == 2
+    assert "LitePT-S" in capsys.readouterr().err

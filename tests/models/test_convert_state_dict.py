@@ -202,3 +202,10 @@ def test_spconv_layers_are_never_refused(layout: KernelLayout) -> None:
         kernel = write_kernel(conv.weight.detach(), conv, layout)
         state = convert_state_dict({"weight": kernel, "bias": torch.zeros(2)}, conv, layout)
         assert torch.equal(state["weight"], conv.weight)
+
+
+def test_a_renamed_entry_is_pointed_at() -> None:
+    network = nn.ModuleDict({"linear": nn.Linear(4, 8), "norm_layer": nn.BatchNorm1d(8)})
+    state = {name.replace("norm_layer", "norm_layers"): value for name, value in network.state_dict().items()}
+    with pytest.raises(InputError, match=r"'norm_layer\.bias' may be 'norm_layers\.bias' in the file"):
+        convert_state_dict(state, network, KernelLayout.KRSC)

@@ -1,0 +1,122 @@
+"""Whole backbones at published size: forward pass and training step, time and memory, each in a process of its own."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+
+from pc3d.data.transforms import GridSample
+from pc3d.points import Points
+
+IN_CHANNELS = 6
+
+
+@dataclass
+class BackboneTiming:
+    """One backbone on one cloud: medians in milliseconds, memory in MB above that of the process before it."""
+
+    model: str
+    data: str
+    voxels: int
+    threads: int
+    parameters: int
+    forward_ms: float
+    step_ms: float
+    forward_mb: float
+    step_mb: float
+
+
+def models() -> dict[str, Callable[[], Any]]:
+    """Backbones by name, as published for 6 input channels."""
+    from pc3d.models import LitePT, PTv3, Sonata, SparseUNet
+
+    return {
+        "SparseUNet-34C": lambda: SparseUNet(IN_CHANNELS),
+        "PTv3": lambda: PTv3(IN_CHANNELS),
+        "PTv3 with Mamba": lambda: PTv3(IN_CHANNELS, mixer="mamba"),
+        "LitePT-S": lambda: LitePT(IN_CHANNELS),
+        "Sonata encoder": lambda: Sonata(IN_CHANNELS, enc_mode=True),
+    }
+
+
+def run(clouds: Sequence[Points], size: float, names: Sequence[str], rounds: int, threads: int) -> list[BackboneTiming]:
+    """Time the named backbones on every cloud, one after the other."""
+    results = []
+    for cloud in clouds:
+        sampled = GridSample(size, pick="first")(cloud)
+        described = sampled.describe().rsplit("/", 1)[-1]
+        arrays = sampled.coord.numpy(), sampled.get("grid_coord").numpy()
+        for name in names:
+            with get_context("spawn").Pool(1) as pool:
+                figures = pool.apply(_measure, (name, *arrays, rounds, threads))
+            results.append(BackboneTiming(name, described, sampled.num_points, threads, **figures))
+            print(line(results[-1]), flush=True)
+    return results
+
+
+def _measure(name: str, coord: Any, grid: Any, rounds: int, threads: int) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    model = models()[name]()
+    feat = torch.randn(len(coord), IN_CHANNELS)
+    attrs = {"grid_coord": torch.from_numpy(grid), "feat": feat}
+    points = Points(torch.from_numpy(coord), attrs=attrs)
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(points.with_attrs())
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        model(points.with_attrs()).square().mean().backward()
+
+    before = _peak()
+    model.eval()
+    forward_ms = _median(forward, rounds)
+    forward_mb = _peak() - before
+    model.train()
+    step_ms = _median(step, rounds)
+    parameters = sum(p.numel() for p in model.parameters())
+    return {
+        "parameters": parameters,
+        "forward_ms": forward_ms,
+        "step_ms": step_ms,
+        "forward_mb": forward_mb,
+        "step_mb": _peak() - before,
+    }
+
+
+def _median(run: Callable[[], None], rounds: int) -> float:
+    run()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times)
+
+
+def _peak() -> float:
+    """Largest resident memory of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def line(timing: BackboneTiming) -> str:
+    return (
+        f"{timing.model:16} {timing.data[-24:]:24} {timing.voxels:>8,} voxels, {timing.threads} threads: forward "
+        f"{timing.forward_ms:>8,.0f} ms {timing.forward_mb:>6,.0f} MB, step {timing.step_ms:>8,.0f} ms "
+        f"{timing.step_mb:>6,.0f} MB, {timing.parameters / 1e6:.2f} M parameters"
+    )
+
+
+def rows(timings: Sequence[BackboneTiming]) -> list[dict[str, Any]]:
+    """As JSON holds them."""
+    return [asdict(timing) for timing in timings]
