@@ -36,11 +36,18 @@ class SegmentationScores:
     confusion: Tensor
 
 
-def scores_from_confusion(confusion: Tensor) -> SegmentationScores:
-    """Scores of a ``(K, K)`` confusion matrix of counts (rows truth, columns prediction)."""
+def scores_from_confusion(confusion: Tensor, missed: Tensor | None = None) -> SegmentationScores:
+    """Scores of a ``(K, K)`` confusion matrix of counts (rows truth, columns prediction).
+
+    Args:
+        confusion: counts.
+        missed: ``(K,)`` points of each true class for which nothing was predicted.
+    """
     confusion = confusion.detach().cpu()
     counts = confusion.double()
     hits, truth = counts.diag(), counts.sum(1)
+    if missed is not None:
+        truth = truth + missed.detach().cpu()
     iou = hits / (truth + counts.sum(0) - hits + _EPS)
     acc = hits / (truth + _EPS)
     present = truth > 0
@@ -58,6 +65,9 @@ def scores_from_confusion(confusion: Tensor) -> SegmentationScores:
 class SegmentationMetrics(Metric):
     """Confusion matrix of a data set, summed over batches and processes, and the scores made from it.
 
+    A prediction of ``ignore_index`` for a point that counts is a miss of its true class, as in the evaluators of
+    ScanNet and SemanticKITTI.
+
     Args:
         num_classes: K.
         ignore_index: true class of the points that do not count.
@@ -65,6 +75,7 @@ class SegmentationMetrics(Metric):
 
     full_state_update = False
     confusion: Tensor
+    missed: Tensor
 
     def __init__(self, num_classes: int, ignore_index: int = -1) -> None:
         super().__init__()
@@ -72,6 +83,7 @@ class SegmentationMetrics(Metric):
         self.ignore_index = ignore_index
         empty = torch.zeros(num_classes, num_classes, dtype=torch.int64)
         self.add_state("confusion", default=empty, dist_reduce_fx="sum")
+        self.add_state("missed", default=torch.zeros(num_classes, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, pred: Tensor, target: Tensor) -> None:
         """Count ``(N,)`` predicted classes against ``(N,)`` true ones (integers).
@@ -84,13 +96,16 @@ class SegmentationMetrics(Metric):
             raise ValueError(f"pred and target must both be (N,), got {tuple(pred.shape)} and {tuple(target.shape)}")
         counts = target != self.ignore_index
         pred, target = pred[counts].long(), target[counts].long()
-        self._check(pred, "predicted")
         self._check(target, "true")
+        nothing = pred == self.ignore_index
+        self.missed += torch.bincount(target[nothing], minlength=self.num_classes)
+        pred, target = pred[~nothing], target[~nothing]
+        self._check(pred, "predicted")
         cells = torch.bincount(target * self.num_classes + pred, minlength=self.num_classes**2)
         self.confusion += cells.view(self.num_classes, self.num_classes)
 
     def compute(self) -> SegmentationScores:
-        return scores_from_confusion(self.confusion)
+        return scores_from_confusion(self.confusion, self.missed)
 
     def _check(self, classes: Tensor, kind: str) -> None:
         wrong = classes[(classes < 0) | (classes >= self.num_classes)]

@@ -102,3 +102,13 @@ def test_classes_out_of_range_are_named(pred: int, target: int, message: str) ->
 def test_shapes_are_checked() -> None:
     with pytest.raises(ValueError, match="both be"):
         SegmentationMetrics(K).update(torch.zeros(3), torch.zeros(4))
+
+
+def test_predicting_nothing_is_a_miss() -> None:
+    metrics = SegmentationMetrics(2)
+    metrics.update(torch.tensor([0, -1, 1, -1]), torch.tensor([0, 0, 1, -1]))
+    scores = metrics.compute()
+    assert scores.iou.tolist() == pytest.approx([0.5, 1.0])
+    assert scores.acc.tolist() == pytest.approx([0.5, 1.0])
+    assert scores.all_acc == pytest.approx(2 / 3)
+    assert int(scores.confusion.sum()) == 2
