@@ -35,6 +35,7 @@ class ShapeNetPart(ObjectDataset):
         categories: name of each category -> its parts.
     """
 
+    categories: dict[str, list[int]]
     layouts = f"{_TEXT}/<synset>/<id>.txt or {_H5}/ply_data_*.h5"
 
     def __init__(self, root: str | None = None, trainval: bool = False) -> None:

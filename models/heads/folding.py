@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from pc3d.nn.point_ssm import DenseBlock
+from pc3d.tasks.heads import CompletionHead
 
 
-class FoldingDecoder(nn.Module):
+class FoldingDecoder(CompletionHead):
     """Folds a square grid of points by the features of a cloud.
 
     Args:
@@ -36,6 +37,7 @@ class FoldingDecoder(nn.Module):
         condition: int = 0,
     ) -> None:
         super().__init__()
+        self.in_channels = in_channels
         side = torch.linspace(-0.5, 0.5, math.isqrt(points))
         self.register_buffer("plane", torch.cartesian_prod(side, side).flip(1), persistent=False)
         self.layers, self.last = nn.ModuleList(), nn.ModuleList()

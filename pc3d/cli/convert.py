@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from pc3d.models.convert import KernelLayout
     from pc3d.nn import Backbone
-    from pc3d.tasks import SemanticSegmentation
+    from pc3d.tasks import PointTask
 
 EXAMPLES = """\
   pc3d convert model_best.pth ptv3.safetensors --config my_ptv3.yaml
@@ -88,7 +88,7 @@ def to_published(source: Path, target: Path, options: Any) -> Path:
 
 
 def _load(
-    state: dict[str, Tensor], task: SemanticSegmentation, source: Path, layout_name: str | None
+    state: dict[str, Tensor], task: PointTask, source: Path, layout_name: str | None
 ) -> tuple[KernelLayout | None, bool]:
     """Fill the task's backbone and, if the file has one, its head; the layout of kernels, and whether it had one."""
     from pc3d.models import PointSSM, SparseUNet
@@ -117,7 +117,7 @@ def _is_pointcept(backbone: Backbone) -> bool:
     return isinstance(backbone, SerializedUNet)
 
 
-def _linear_head(task: SemanticSegmentation) -> nn.Linear:
+def _linear_head(task: PointTask) -> nn.Linear:
     from pc3d.tasks.heads import LinearHead
 
     if not isinstance(task.head, LinearHead):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
+import inspect
 import io
 import logging
 import sys
@@ -25,6 +27,7 @@ from pc3d.cli.runs import CHECKPOINTS, Run, free_folder
 from pc3d.data.module import PointDataModule
 from pc3d.errors import InputError
 from pc3d.io.atomic import atomic_write
+from pc3d.tasks.base import PointTask
 from pc3d.tasks.callbacks import RunRecord, SavePictures, ScoreProgressBar, ScoreTable
 from pc3d.tasks.segmentation import SemanticSegmentation
 
@@ -44,7 +47,7 @@ class Experiment(LightningCLI):
         InputError: for anything wrong in the config, in one line.
     """
 
-    model: SemanticSegmentation
+    model: PointTask
     datamodule: PointDataModule
     trainer: pl.Trainer
 
@@ -52,12 +55,12 @@ class Experiment(LightningCLI):
         self.plan = plan
         for name in ("pytorch_lightning", "lightning_fabric"):
             logging.getLogger(name).setLevel(logging.WARNING)  # set when imported; what matters is printed by us
-        self.names_task = _names_task(arguments)
+        self.task_class = _task_class(arguments)
         with _program_name(program):
             super().__init__(
-                SemanticSegmentation,
+                SemanticSegmentation if self.task_class is None else PointTask,
                 PointDataModule,
-                subclass_mode_model=self.names_task,
+                subclass_mode_model=self.task_class is not None,
                 run=False,
                 args=list(arguments),
                 seed_everything_default=0,
@@ -68,9 +71,11 @@ class Experiment(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         add_call_options(parser)
-        model = "model.init_args" if self.names_task else "model"
+        model = "model" if self.task_class is None else "model.init_args"
         parser.link_arguments("data.class_names", f"{model}.class_names", apply_on="instantiate")
         parser.link_arguments("data.in_channels", f"{model}.backbone.init_args.in_channels", apply_on="instantiate")
+        if self.task_class is not None and "categories" in inspect.signature(self.task_class).parameters:
+            parser.link_arguments("data.categories", f"{model}.categories", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         with readable_config_errors(parser):
@@ -128,10 +133,11 @@ class Experiment(LightningCLI):
         return own
 
     def _checkpoints(self) -> list[Callback]:
-        """``best.ckpt`` by validation mIoU; ``last.ckpt`` after every epoch and, on request, every so many steps."""
+        """``best.ckpt`` by the task's figure; ``last.ckpt`` after every epoch and, on request, every so many steps."""
         common: dict[str, Any] = {"dirpath": self.run.folder / CHECKPOINTS, "enable_version_counter": False}
+        monitor, mode = self.model.monitor
         checkpoints = [
-            ModelCheckpoint(filename="best", monitor="val/mIoU", mode="max", **common),
+            ModelCheckpoint(filename="best", monitor=monitor, mode=mode, **common),
             ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **common),
         ]
         if self.config["every_n_train_steps"]:
@@ -209,15 +215,23 @@ def check_configs(arguments: Sequence[str]) -> None:
             raise InputError(f"{path}: no such config file{_known_configs()}")
 
 
-def _names_task(arguments: Sequence[str]) -> bool:
-    """Whether ``model`` is ``class_path`` and ``init_args``; without, it holds those of semantic segmentation."""
-    named = any(flag in ("--model", "--model.class_path") for flag, _ in _pairs(arguments))
+def _task_class(arguments: Sequence[str]) -> type | None:
+    """The class that ``model.class_path`` names, :class:`PointTask` if there is no such class.
+
+    None without a ``class_path``: ``model`` then holds the arguments of semantic segmentation.
+    """
+    named = [value for flag, value in _pairs(arguments) if flag in ("--model", "--model.class_path")]
     for path in (value for flag, value in _pairs(arguments) if flag in ("--config", "-c")):
         with contextlib.suppress(
             OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError
         ):  # told by the parser
-            named |= "class_path" in yaml.safe_load(Path(path).read_text())["model"]
-    return named
+            named += [str(yaml.safe_load(Path(path).read_text())["model"]["class_path"])]
+    if not named:
+        return None
+    module, _, name = named[0].rpartition(".")
+    with contextlib.suppress(ImportError, AttributeError, ValueError):  # told by the parser
+        return getattr(importlib.import_module(module), name)
+    return PointTask
 
 
 def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:

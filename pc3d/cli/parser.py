@@ -9,6 +9,9 @@ from typing import NoReturn
 
 from pc3d.errors import InputError
 
+PRESETS = ("scannet", "s3dis", "scaling")
+"""Names of :data:`pc3d.tasks.augmentations.TestAugmentation`, without its imports."""
+
 
 def suggest(word: str, choices: Iterable[str]) -> str:
     """``": did you mean 'x'?"`` for the choice closest to a mistyped word; empty if none is close."""

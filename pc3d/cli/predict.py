@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pc3d.cli.errors import one_line
-from pc3d.cli.parser import Parser
+from pc3d.cli.parser import PRESETS, Parser
 from pc3d.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,9 +21,13 @@ EXAMPLES = """\
   pc3d predict scan.laz --ckpt runs/demo/checkpoints/best.ckpt -o labelled.laz
   pc3d predict tiles/ --ckpt best.ckpt -o labelled/ --format laz --tile 100
   pc3d predict room.ply --ckpt best.ckpt -o room_labelled.ply --tta scannet --probabilities
+  pc3d predict objects/ --ckpt classifier.ckpt -o classes.csv
+  pc3d predict chair.ply --ckpt parts.ckpt -o chair_parts.ply --category Chair
+  pc3d predict partial.ply --ckpt completion.ckpt -o whole.ply
 
 LAS and LAZ get 'classification' (the codes of the training files) and 'confidence'; header, coordinate system, point
-order and all other fields stay as they are. Other formats get 'label', 'confidence' and colours by label."""
+order and all other fields stay as they are. Other formats get 'label', 'confidence' and colours by label. A classifier
+writes a table with one line per cloud, a completion the points of the whole shape."""
 
 
 def main(arguments: list[str]) -> int:
@@ -33,10 +37,15 @@ def main(arguments: list[str]) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from pc3d.tasks import load_task
+    from pc3d.cli.predict_objects import ClassTable, complete_file, refuse_foreign_options
+    from pc3d.tasks import Classification, Completion, load_task
 
-    jobs = plan_jobs([Path(name) for name in options.inputs], Path(options.output), options.format)
+    inputs, output = [Path(name) for name in options.inputs], Path(options.output)
+    found = find_inputs(inputs)
     task, pipeline, card = load_task(options.ckpt, trust=options.trust)
+    refuse_foreign_options(task, options, _parser())
+    table = ClassTable(output, task, options.probabilities) if isinstance(task, Classification) else None
+    jobs = [(source, output) for source, _ in found] if table else plan_jobs(inputs, output, options.format)
     task.to(_device(options.device, torch))
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
     console = Console()
@@ -46,7 +55,12 @@ def main(arguments: list[str]) -> int:
         for source, target in jobs:
             progress.update(bar, description=source.name)
             try:
-                line = predict_file(source, target, task, pipeline, card, options)
+                if table:
+                    line = table.add(source, pipeline, options)
+                elif isinstance(task, Completion):
+                    line = complete_file(source, target, task, pipeline, options)
+                else:
+                    line = predict_file(source, target, task, pipeline, card, options)
             except InputError as error:
                 if len(jobs) == 1:
                     raise
@@ -54,6 +68,8 @@ def main(arguments: list[str]) -> int:
                 line = f"failed: {one_line(str(error))}"
             console.print(line, soft_wrap=True, highlight=False, markup=False)
             progress.advance(bar)
+    if table:
+        table.write()
     if failed:
         raise InputError(f"{len(failed)} of {len(jobs)} clouds could not be labelled, see above (first: {failed[0]})")
     return 0
@@ -63,7 +79,13 @@ def _parser() -> Parser:
     parser = Parser("predict", "Label clouds with a checkpoint; they need no labels of their own.", EXAMPLES)
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="cloud files, or folders of them")
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint (.ckpt) or export (.safetensors)")
-    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="file, or folder for several inputs")
+    parser.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="OUT",
+        help="file, or folder for several inputs; of a classifier a .csv",
+    )
     parser.add_argument("--format", metavar="SUFFIX", help="ply, pcd, las, laz, npz, label ...; default: as the input")
     parser.add_argument("--probabilities", action="store_true", help="add the probability of every class")
     parser.add_argument("--keep_colors", action="store_true", help="keep the colours instead of colouring by label")
@@ -71,9 +93,10 @@ def _parser() -> Parser:
         "--mode", choices=["vote", "fast"], default="vote", help="vote over all points (default), or one pass per cell"
     )
     parser.add_argument(
-        "--tta", choices=["none", "scannet", "s3dis"], default="none", help="test-time augmentation, in mode vote"
+        "--tta", choices=["none", *PRESETS], default="none", help="test-time augmentation, in mode vote"
     )
     parser.add_argument("--tile", type=float, metavar="METRES", help="cut large clouds into square tiles")
+    parser.add_argument("--category", metavar="NAME", help="what the objects are, for models that ask for it")
     parser.add_argument("--columns", metavar="NAMES", help="columns of .bin, .npy and text files: x,y,z,intensity")
     parser.add_argument("--invalid", choices=["error", "drop"], help="points without finite coordinates")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1")
@@ -90,23 +113,13 @@ def plan_jobs(inputs: Sequence[Path], output: Path, suffix: str | None) -> list[
     Raises:
         InputError: for missing inputs, formats that cannot be written, and targets that are inputs or collide.
     """
-    from pc3d.io import READABLE, WRITABLE, can_read
+    from pc3d.io import WRITABLE
 
     writable = (*WRITABLE, ".label")
     wanted = None if suffix is None else "." + suffix.lower().lstrip(".")
     if wanted is not None and wanted not in writable:
         raise InputError(f"--format {suffix}: cannot be written (formats: {' '.join(s[1:] for s in writable)})")
-    found: list[tuple[Path, Path]] = []  # source, path below the output folder
-    for path in inputs:
-        if path.is_dir():
-            below = sorted(p for p in path.rglob("*") if p.is_file() and can_read(p) and not p.name.startswith("."))
-            if not below:
-                raise InputError(f"{path}: no readable point cloud in it (suffixes: {' '.join(READABLE)})")
-            found += [(file, file.relative_to(path)) for file in below]
-        elif not path.is_file():
-            raise InputError(f"{path}: no such file")
-        else:
-            found.append((path, Path(path.name)))
+    found = find_inputs(inputs)
     single = len(inputs) == 1 and inputs[0].is_file() and not output.is_dir() and output.suffix.lower() in writable
     jobs = []
     for source, name in found:
@@ -118,6 +131,28 @@ def plan_jobs(inputs: Sequence[Path], output: Path, suffix: str | None) -> list[
         jobs.append((source, output / plain.with_suffix(wanted or (own if own in writable else ".ply"))))
     _check_targets(jobs)
     return jobs
+
+
+def find_inputs(inputs: Sequence[Path]) -> list[tuple[Path, Path]]:
+    """The cloud files, and their paths below an output folder.
+
+    Raises:
+        InputError: for a missing file, or a folder without clouds.
+    """
+    from pc3d.io import READABLE, can_read
+
+    found: list[tuple[Path, Path]] = []
+    for path in inputs:
+        if path.is_dir():
+            below = sorted(p for p in path.rglob("*") if p.is_file() and can_read(p) and not p.name.startswith("."))
+            if not below:
+                raise InputError(f"{path}: no readable point cloud in it (suffixes: {' '.join(READABLE)})")
+            found += [(file, file.relative_to(path)) for file in below]
+        elif not path.is_file():
+            raise InputError(f"{path}: no such file")
+        else:
+            found.append((path, Path(path.name)))
+    return found
 
 
 def _check_targets(jobs: Sequence[tuple[Path, Path]]) -> None:
@@ -149,11 +184,13 @@ def predict_file(source: Path, target: Path, task: Any, pipeline: Any, card: Any
     """Label one file; returns a line that says what was found."""
     import torch
 
+    from pc3d.cli.predict_objects import with_category
     from pc3d.io import read, write, write_labels
     from pc3d.tasks import InstanceSegmentation, labels_of, predict_cloud
     from pc3d.tasks.augmentations import augmentation_passes
 
     points = read(source, columns=_columns(options.columns), invalid=options.invalid)
+    points = with_category(points, task, options.category)
     probabilities = predict_cloud(
         task,
         pipeline,

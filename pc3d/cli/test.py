@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pc3d.cli.parser import Parser
+from pc3d.cli.parser import PRESETS, Parser
 from pc3d.cli.runs import Run, free_folder, run_of
 from pc3d.errors import InputError
 
@@ -14,18 +14,16 @@ EXAMPLES = """\
   pc3d test --ckpt runs/demo/checkpoints/best.ckpt --tta scannet
   pc3d test --ckpt best.ckpt --config configs/lidarhd/semseg-spunet.yaml --data.root my_tiles
 
-Every test cloud is cut into fragments of one point per cell; the class probabilities of all fragments and of
-all passes of test-time augmentation are summed on the original points. Any key of the config can be overridden, as
-with --data.root above."""
+Every test cloud of a scene is cut into fragments of one point per cell; the class probabilities of all fragments and
+of all passes of test-time augmentation are summed on the original points. Objects are tested whole. Any key of the
+config can be overridden, as with --data.root above."""
 
 
 def main(arguments: list[str]) -> int:
     parser = Parser("test", "Score a checkpoint on the test clouds: per-class table, figures and pictures.", EXAMPLES)
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint (.ckpt) or export (.safetensors)")
     parser.add_argument("--config", metavar="FILE", help="experiment; default: the config.yaml of the checkpoint's run")
-    parser.add_argument(
-        "--tta", choices=["none", "scannet", "s3dis"], help="test-time augmentation; default: as the config says"
-    )
+    parser.add_argument("--tta", choices=["none", *PRESETS], help="test-time augmentation; default: as the config says")
     parser.add_argument("--run_dir", metavar="DIR", help="where results go; default: test/ in the checkpoint's run")
     options, overrides = parser.parse_known_args(arguments)
 

@@ -33,6 +33,7 @@ class PointDataset(Configurable, ABC):
         root: folder of the files, or None for a dataset without files.
         class_names: name of class 0, 1, ...
         label_map: raw label code -> class number (``-1`` = ignored), or None if files hold class numbers already.
+        categories: of a part segmentation, name of each category -> its classes; else None.
         palette: one (red, green, blue) of 0..255 per class.
         cache: set by the data module; a dataset may keep expensive indices in it (:meth:`CloudCache.value`).
     """
@@ -40,6 +41,7 @@ class PointDataset(Configurable, ABC):
     root: Path | None = None
     class_names: list[str]
     label_map: dict[int, int] | None = None
+    categories: dict[str, list[int]] | None = None
     cache: CloudCache | None = None
 
     @property

@@ -100,6 +100,11 @@ class PointDataModule(pl.LightningDataModule):
         return self.dataset.num_classes
 
     @property
+    def categories(self) -> dict[str, list[int]] | None:
+        """Of a part segmentation, name of each category -> its classes; else None."""
+        return self.dataset.categories
+
+    @property
     def in_channels(self) -> int:
         """Width of ``feat``."""
         return self.pipeline.in_channels
@@ -233,7 +238,7 @@ class CloudSamples(Dataset[Sample]):
         if self.split == "test":
             return cloud
         if self.split == "val":
-            return _checked(self.pipeline.evaluate(cloud))
+            return _checked(self.pipeline.evaluate(cloud, generator=generator_of(self.seed, "select", draw.cloud)))
         return _checked(self.pipeline.train(cloud, generator_of(self.seed, "augment", draw.epoch, draw.position)))
 
     def cloud(self, index: int) -> Points:

@@ -18,19 +18,21 @@ class Pipeline(Configurable):
     """Raw points to model input.
 
     Attributes:
-        grid_size: edge of a sampling cell in metres.
+        grid_size: edge of a sampling cell in metres; None keeps every point, for objects.
         features: attributes that make up ``feat``, in order.
         prepare: deterministic steps, first in training and evaluation alike.
         augment: random steps, training only.
         crop: training only, after grid sampling.
+        select: evaluation only, in the place of ``crop``: for models of a fixed number of points.
         finish: last steps before the features are assembled, in training and evaluation; they keep every point.
     """
 
-    grid_size: float
+    grid_size: float | None
     features: list[str]
     prepare: list[Transform] = field(default_factory=list)
     augment: list[Transform] = field(default_factory=list)
     crop: list[Transform] = field(default_factory=list)
+    select: list[Transform] = field(default_factory=list)
     finish: list[Transform] = field(default_factory=list)
 
     @property
@@ -40,20 +42,27 @@ class Pipeline(Configurable):
 
     def train(self, points: Points, generator: torch.Generator | None = None) -> Points:
         """A training sample: prepare, augment, one random point per cell, crop, finish, features."""
-        sample = GridSample(self.grid_size, pick="random")
-        return Compose([*self.prepare, *self.augment, sample, *self.crop, *self._last()])(points, generator)
+        sample = [] if self.grid_size is None else [GridSample(self.grid_size, pick="random")]
+        return Compose([*self.prepare, *self.augment, *sample, *self.crop, *self._last()])(points, generator)
 
-    def evaluate(self, points: Points) -> Points:
+    def evaluate(
+        self, points: Points, augmentation: Sequence[Transform] = (), generator: torch.Generator | None = None
+    ) -> Points:
         """The first point of each cell; ``source`` is the prepared cloud with its labels and inverse map.
 
         Raises:
             InputError: if a step of ``finish`` removes or reorders points.
         """
-        sample = GridSample(self.grid_size, pick="first", inverse=True)
-        sampled = Compose([*self.prepare, sample, *self._last()])(points)
-        if sampled.source is None:
+        sampled = Compose([*self.prepare, *augmentation])(points, generator)
+        if self.grid_size is not None:
+            sampled = GridSample(self.grid_size, pick="first", inverse=True)(sampled, generator)
+        selected = Compose(self.select)(sampled, generator)
+        if selected.source is None:  # what is left stands for itself
+            selected = selected.replace(source=_its_own_source(selected))
+        finished = Compose(self._last())(selected, generator)
+        if finished.source is None:
             raise InputError("pipeline.finish removes or reorders points: move that transform to 'prepare' or 'crop'")
-        return sampled
+        return finished
 
     def fragments(
         self, points: Points, augmentation: Sequence[Transform] = (), generator: torch.Generator | None = None
@@ -62,7 +71,12 @@ class Pipeline(Configurable):
 
         ``attrs["index"]`` is the row of each point in ``points``; rows that ``prepare`` removes are in no fragment.
         See :meth:`pc3d.data.transforms.GridSample.fragments`.
+
+        Raises:
+            InputError: without a ``grid_size``.
         """
+        if self.grid_size is None:
+            raise InputError("pipeline.grid_size is null: a cloud of an object is not cut into fragments")
         rows = torch.arange(points.num_points, device=points.device)
         augmented = Compose([*self.prepare, *augmentation])(points.with_attrs(index=rows), generator)
         last = Compose(self._last())
@@ -71,3 +85,8 @@ class Pipeline(Configurable):
 
     def _last(self) -> list[Transform]:
         return [*self.finish, AssembleFeatures(self.features)]
+
+
+def _its_own_source(points: Points) -> Points:
+    rows = torch.arange(points.num_points, device=points.device) - points.offsets[:-1][points.batch]
+    return points.with_attrs(inverse=rows)

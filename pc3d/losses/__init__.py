@@ -2,8 +2,23 @@
 
 from pc3d.losses.base import FeatureLoss, Loss
 from pc3d.losses.cluster_contrast import ClusterContrast
+from pc3d.losses.completion import Chamfer, CompletionLoss, DensityAwareChamfer
 from pc3d.losses.cross_entropy import CrossEntropy
+from pc3d.losses.dice import Dice
 from pc3d.losses.focal import Focal
 from pc3d.losses.lovasz import Lovasz
+from pc3d.losses.poly_focal import PolyFocal
 
-__all__ = ["ClusterContrast", "CrossEntropy", "FeatureLoss", "Focal", "Loss", "Lovasz"]
+__all__ = [
+    "Chamfer",
+    "ClusterContrast",
+    "CompletionLoss",
+    "CrossEntropy",
+    "DensityAwareChamfer",
+    "Dice",
+    "FeatureLoss",
+    "Focal",
+    "Loss",
+    "Lovasz",
+    "PolyFocal",
+]

@@ -19,10 +19,20 @@ class Loss(nn.Module, Configurable, ABC):
         ignore_index: class value of points that do not count.
     """
 
+    per_cloud = False
+    """Whether the loss is defined for one cloud: :meth:`of_clouds` then takes the mean over the clouds of a batch."""
+
     def __init__(self, loss_weight: float = 1.0, ignore_index: int = -1) -> None:
         super().__init__()
         self.loss_weight = loss_weight
         self.ignore_index = ignore_index
+
+    def of_clouds(self, logits: Tensor, target: Tensor, offsets: Tensor) -> Tensor:
+        """Scalar loss of ``(N, K)`` logits of packed clouds with ``(B + 1,)`` borders."""
+        if not self.per_cloud:
+            return self(logits, target)
+        sizes = offsets.diff().tolist()
+        return torch.stack([self(*pair) for pair in zip(logits.split(sizes), target.split(sizes), strict=True)]).mean()
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Scalar loss.

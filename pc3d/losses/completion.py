@@ -1,54 +1,53 @@
-"""Distances between point sets: Chamfer and density-aware Chamfer distance."""
+"""Losses of completed clouds: Chamfer and density-aware Chamfer distance."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from abc import ABC, abstractmethod
 
-from pc3d.ops.neighbours import knn
+from torch import Tensor, nn
+
+from pc3d.config import Configurable
+from pc3d.ops.point_sets import chamfer_distance, density_aware_chamfer_distance
 
 
-def chamfer_distance(a: Tensor, a_offsets: Tensor, b: Tensor, b_offsets: Tensor, squared: bool = True) -> Tensor:
-    """``(S,)`` half the sum of the mean (squared) distances to the nearest point of the other set; differentiable.
+class CompletionLoss(nn.Module, Configurable, ABC):
+    """``loss_weight`` times the mean over clouds of a distance between completed and true points.
 
     Args:
-        a, b: ``(N, 3)`` and ``(M, 3)`` float32 packed sets, with ``(S + 1,)`` int64 borders; no set may be empty.
+        loss_weight: factor on the result.
     """
-    to_b, to_a = (_nearest(*pair)[0] for pair in ((a, a_offsets, b, b_offsets), (b, b_offsets, a, a_offsets)))
-    if not squared:
-        to_b, to_a = ((d + 1e-12).sqrt() for d in (to_b, to_a))
-    return (_mean(to_b, a_offsets) + _mean(to_a, b_offsets)) / 2
+
+    def __init__(self, loss_weight: float = 1.0) -> None:
+        super().__init__()
+        self.loss_weight = loss_weight
+
+    def forward(self, made: Tensor, made_offsets: Tensor, wanted: Tensor, wanted_offsets: Tensor) -> Tensor:
+        """Scalar loss of packed ``(N, 3)`` and ``(M, 3)`` sets with ``(B + 1,)`` borders."""
+        distance = self.distance(made.float(), made_offsets, wanted.float(), wanted_offsets)
+        return self.loss_weight * distance.mean()
+
+    @abstractmethod
+    def distance(self, made: Tensor, made_offsets: Tensor, wanted: Tensor, wanted_offsets: Tensor) -> Tensor:
+        """``(B,)`` distances."""
 
 
-def density_aware_chamfer_distance(
-    a: Tensor, a_offsets: Tensor, b: Tensor, b_offsets: Tensor, alpha: float = 40.0, power: float = 0.5
-) -> Tensor:
-    """``(S,)`` bounded Chamfer distance that counts how often a point is hit (Wu et al. 2021, arXiv 2111.12702).
+class Chamfer(CompletionLoss):
+    """:func:`chamfer_distance`; ``squared`` as in most training recipes."""
 
-    A point at squared distance d from its nearest contributes ``1 - exp(-alpha d) w`` with ``w = (hits^power + 1e-6)^-1
-    size(other) / size(own)``, hits being the points that share that nearest one.
-    """
-    sides = (a, a_offsets, b, b_offsets), (b, b_offsets, a, a_offsets)
-    return (_density_side(*sides[0], alpha, power) + _density_side(*sides[1], alpha, power)) / 2
+    def __init__(self, loss_weight: float = 1.0, squared: bool = True) -> None:
+        super().__init__(loss_weight)
+        self.squared = squared
 
-
-def _density_side(a: Tensor, a_offsets: Tensor, b: Tensor, b_offsets: Tensor, alpha: float, power: float) -> Tensor:
-    distance, rows = _nearest(a, a_offsets, b, b_offsets)
-    hits = torch.bincount(rows, minlength=len(b))[rows].to(a.dtype)
-    ratio = (b_offsets.diff() / a_offsets.diff()).to(a.dtype).repeat_interleave(a_offsets.diff())
-    weight = ratio / (hits**power + 1e-6)
-    return _mean(1 - torch.exp(-alpha * distance) * weight, a_offsets)
+    def distance(self, made: Tensor, made_offsets: Tensor, wanted: Tensor, wanted_offsets: Tensor) -> Tensor:
+        return chamfer_distance(made, made_offsets, wanted, wanted_offsets, self.squared)
 
 
-def _nearest(a: Tensor, a_offsets: Tensor, b: Tensor, b_offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distance of each point of ``a`` to its nearest of ``b``, differentiable in both, and its row."""
-    if bool((b_offsets.diff() == 0).any()) or bool((a_offsets.diff() == 0).any()):
-        raise ValueError("a distance between point sets needs at least one point in each")
-    rows = knn(a, a_offsets, b, b_offsets, 1)[0][:, 0]
-    return (a - b[rows]).square().sum(-1), rows
+class DensityAwareChamfer(CompletionLoss):
+    """:func:`density_aware_chamfer_distance`."""
 
+    def __init__(self, loss_weight: float = 1.0, alpha: float = 40.0, power: float = 0.5) -> None:
+        super().__init__(loss_weight)
+        self.alpha, self.power = alpha, power
 
-def _mean(values: Tensor, offsets: Tensor) -> Tensor:
-    cloud = torch.repeat_interleave(offsets.diff(), output_size=len(values))
-    total = values.new_zeros(len(offsets) - 1).index_add(0, cloud, values)
-    return total / offsets.diff()
+    def distance(self, made: Tensor, made_offsets: Tensor, wanted: Tensor, wanted_offsets: Tensor) -> Tensor:
+        return density_aware_chamfer_distance(made, made_offsets, wanted, wanted_offsets, self.alpha, self.power)

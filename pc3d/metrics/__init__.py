@@ -1,5 +1,7 @@
 """Metrics, one protocol per file."""
 
+from pc3d.metrics.classification import ClassificationMetrics, ClassificationScores
+from pc3d.metrics.completion import CompletionMetrics, CompletionScores
 from pc3d.metrics.few_shot import FewShotScore, few_shot_score
 from pc3d.metrics.instances import Instances
 from pc3d.metrics.panoptic import PanopticQuality, PanopticScores
@@ -7,8 +9,13 @@ from pc3d.metrics.part_errors import PartErrors, PartMisclassification
 from pc3d.metrics.s3dis_instances import CoverageScores, InstanceCoverage
 from pc3d.metrics.scannet_instances import InstanceAveragePrecision, InstanceScores
 from pc3d.metrics.segmentation import SegmentationMetrics, SegmentationScores, scores_from_confusion
+from pc3d.metrics.shape_parts import ShapePartIoU, ShapePartScores
 
 __all__ = [
+    "ClassificationMetrics",
+    "ClassificationScores",
+    "CompletionMetrics",
+    "CompletionScores",
     "CoverageScores",
     "FewShotScore",
     "InstanceAveragePrecision",
@@ -21,6 +28,8 @@ __all__ = [
     "PartMisclassification",
     "SegmentationMetrics",
     "SegmentationScores",
+    "ShapePartIoU",
+    "ShapePartScores",
     "few_shot_score",
     "scores_from_confusion",
 ]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pc3d.config import Configurable
 from pc3d.errors import InputError
+from pc3d.ops.segment import segment_max
 from pc3d.points import Points
 from pc3d.voxels import Voxels
 
@@ -49,6 +50,14 @@ class Backbone(nn.Module, Configurable, abc.ABC):
     @abc.abstractmethod
     def forward_features(self, points: Points) -> Mapping[str, Points | Voxels]:
         """What every stage gives, by the names of ``feature_info``; errors as :meth:`forward`."""
+
+    def latent(self, points: Points) -> tuple[Tensor, Tensor | None]:
+        """``(B, out_channels)`` features of whole clouds, and a condition ``(B, D)`` for decoders that want one.
+
+        Features of points are reduced to the largest of each cloud.
+        """
+        features = self(points)
+        return (features if len(features) == len(points) else segment_max(features, points.offsets)), None
 
     def check_input(self, points: Points) -> None:
         """Check the width of the input features.

@@ -1,5 +1,6 @@
 """Tasks: what a backbone is trained for, its optimizer, checkpoints and predictions."""
 
+from pc3d.tasks.base import PointTask
 from pc3d.tasks.checkpoint import (
     MismatchError,
     card_mismatch_table,
@@ -9,13 +10,19 @@ from pc3d.tasks.checkpoint import (
     read_checkpoint,
     save_export,
 )
-from pc3d.tasks.heads import InstanceHead, InstanceOutput, LinearHead, SegmentationHead
+from pc3d.tasks.classification import Classification, classify
+from pc3d.tasks.completion import Completion, complete
+from pc3d.tasks.heads import CompletionHead, InstanceHead, InstanceOutput, LinearHead, SegmentationHead
 from pc3d.tasks.inference import labels_of, predict_cloud
 from pc3d.tasks.instances import InstanceSegmentation
 from pc3d.tasks.optim import OptimizerConfig, ParameterGroup, ScheduleConfig
+from pc3d.tasks.part_segmentation import PartSegmentation
 from pc3d.tasks.segmentation import SemanticSegmentation
 
 __all__ = [
+    "Classification",
+    "Completion",
+    "CompletionHead",
     "InstanceHead",
     "InstanceOutput",
     "InstanceSegmentation",
@@ -23,11 +30,15 @@ __all__ = [
     "MismatchError",
     "OptimizerConfig",
     "ParameterGroup",
+    "PartSegmentation",
+    "PointTask",
     "ScheduleConfig",
     "SegmentationHead",
     "SemanticSegmentation",
     "card_mismatch_table",
     "check_card",
+    "classify",
+    "complete",
     "init_weights",
     "labels_of",
     "load_task",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,28 +13,25 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import RichProgressBar
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from pc3d.errors import InputError
-from pc3d.metrics import SegmentationScores
-from pc3d.metrics.segmentation import scores_from_confusion
 from pc3d.points import Points
+from pc3d.tasks.base import PointTask
 from pc3d.tasks.record import environment, write_json
-from pc3d.tasks.segmentation import SemanticSegmentation
 
 
 class ScoreProgressBar(RichProgressBar):
-    """Lightning's rich progress bar with the running mIoU of the training or validation epoch beside the loss."""
+    """Lightning's rich progress bar with the task's running score of this epoch beside the loss."""
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         items = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)
-        metrics = getattr(pl_module, "val_metrics" if trainer.validating else "train_metrics", None)
-        if metrics is not None and metrics.update_called:
-            # From this process's own counts: computing the metric would synchronise all of them at every batch.
-            items["mIoU"] = scores_from_confusion(metrics.confusion).miou_present
-        return items
+        score = (
+            pl_module.running_score("val" if trainer.validating else "train")
+            if isinstance(pl_module, PointTask)
+            else None
+        )
+        return items if score is None else {**items, score[0]: score[1]}
 
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         super().on_validation_batch_end(trainer, pl_module, *args)
@@ -41,7 +39,7 @@ class ScoreProgressBar(RichProgressBar):
 
 
 class ScoreTable(pl.Callback):
-    """Prints IoU, accuracy and points of every class after each validation and test."""
+    """Prints the task's scores, class by class, after each validation and test."""
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -51,33 +49,14 @@ class ScoreTable(pl.Callback):
         self._print(trainer, pl_module, "test")
 
     def _print(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        task = _segmentation(pl_module)
+        task = _task(pl_module)
         if trainer.is_global_zero:
             title = f"{stage}, epoch {trainer.current_epoch}" if stage == "val" else stage
-            Console().print(score_table(task.scores[stage], task.class_names, title))
-
-
-def score_table(scores: SegmentationScores, class_names: list[str], title: str) -> Table:
-    """A table of one row per class and a line of means."""
-    table = Table(title=f"{title}: mIoU {scores.miou:.3f}", title_justify="left", show_footer=True)
-    table.add_column("class", footer="mean")
-    table.add_column("IoU", footer=f"{scores.miou:.3f}", justify="right")
-    table.add_column("accuracy", footer=f"{scores.macc:.3f} (all points {scores.all_acc:.3f})", justify="right")
-    table.add_column("points", footer=f"{int(scores.confusion.sum()):,}", justify="right")
-    table.add_column("predicted", justify="right")
-    truth, predicted = scores.confusion.sum(1).tolist(), scores.confusion.sum(0).tolist()
-    for i, name in enumerate(class_names):
-        if truth[i] or predicted[i]:
-            table.add_row(
-                escape(name), f"{scores.iou[i]:.3f}", f"{scores.acc[i]:.3f}", f"{truth[i]:,}", f"{predicted[i]:,}"
-            )
-        else:
-            table.add_row(escape(name), "absent", "", "0", "0")
-    return table
+            Console().print(task.score_table(stage, title))
 
 
 class SavePictures(pl.Callback):
-    """Writes the confusion matrix and the first clouds as input | truth | prediction, in training and test.
+    """Writes the confusion matrix and the first clouds with their predictions, in training and test.
 
     Files: ``{val,test}-confusion.png`` and ``{val,test}-<cloud>.png``; each validation replaces those of the last. The
     matrix is written after every validation, the clouds (seconds each) after the last one of a training. Without
@@ -98,7 +77,7 @@ class SavePictures(pl.Callback):
         self.clouds = clouds
         self.every_n_validations = every_n_validations
         self.written: list[Path] = []
-        self._kept: list[tuple[Points, torch.Tensor]] = []
+        self._kept: list[tuple[Points, Any]] = []
         self._validations = 0
         self._failed = False
 
@@ -111,10 +90,10 @@ class SavePictures(pl.Callback):
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *args: Any
     ) -> None:
-        self._keep(trainer, outputs)
+        self._keep(trainer, pl_module, outputs)
 
     def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *args: Any) -> None:
-        self._keep(trainer, outputs)
+        self._keep(trainer, pl_module, outputs)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking:
@@ -132,30 +111,28 @@ class SavePictures(pl.Callback):
         self._draw_confusion(trainer, pl_module, "test")
         self._draw_clouds(trainer, pl_module, "test")
 
-    def _keep(self, trainer: pl.Trainer, outputs: Mapping[str, Any]) -> None:
+    def _keep(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: dict[str, Any]) -> None:
         """Copy the first clouds with their predictions to the CPU."""
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
-        batch: Points = outputs["points"]
-        for i in range(min(len(batch), self.clouds - len(self._kept))):
-            start, end = batch.offsets[i : i + 2].tolist()
-            self._kept.append((batch[i].cpu(), outputs["prediction"][start:end].cpu()))
+        wanted = self.clouds - len(self._kept)
+        for cloud, prediction in itertools.islice(_task(pl_module).predictions(outputs), max(wanted, 0)):
+            self._kept.append((cloud.cpu(), prediction.cpu()))
 
     def _draw_confusion(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         from pc3d.viz.figures import save_confusion_matrix
 
-        task = _segmentation(pl_module)
-        path = self._folder(trainer) / f"{stage}-confusion.png"
-        self._draw(trainer, partial(save_confusion_matrix, path, task.scores[stage].confusion, task.class_names))
+        task = _task(pl_module)
+        confusion = task.confusion(stage)
+        if confusion is not None:
+            path = self._folder(trainer) / f"{stage}-confusion.png"
+            self._draw(trainer, partial(save_confusion_matrix, path, confusion, task.class_names))
 
     def _draw_clouds(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        from pc3d.viz.figures import save_triptych
-
-        task = _segmentation(pl_module)
+        task = _task(pl_module)
         for i, (cloud, prediction) in enumerate(self._kept):
             path = self._folder(trainer) / f"{stage}-{Path(str(cloud.meta[0].get('name', i))).name}.png"
-            truth = cloud.get("segment")
-            self._draw(trainer, partial(save_triptych, path, cloud, truth, prediction, task.palette, task.class_names))
+            self._draw(trainer, partial(task.save_picture, path, cloud, prediction))
         self._kept = []
 
     def _draw(self, trainer: pl.Trainer, save: Callable[[], Path]) -> None:
@@ -233,9 +210,9 @@ def _last_checkpoint(callback: Any) -> str | None:
     return str(path) if path.is_file() else None
 
 
-def _segmentation(module: pl.LightningModule) -> SemanticSegmentation:
-    if not isinstance(module, SemanticSegmentation):
-        raise InputError(f"this callback reports on semantic segmentation, not on {type(module).__name__}")
+def _task(module: pl.LightningModule) -> PointTask:
+    if not isinstance(module, PointTask):
+        raise InputError(f"this callback reports on the tasks of pc3d, not on {type(module).__name__}")
     return module
 
 

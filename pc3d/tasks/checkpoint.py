@@ -29,7 +29,7 @@ from pc3d.io.atomic import atomic_write
 from pc3d.tasks.record import git_revision, versions, write_json
 
 if TYPE_CHECKING:
-    from pc3d.tasks.segmentation import SemanticSegmentation
+    from pc3d.tasks.base import PointTask
 
 CARD = "pc3d_card"
 CARD_FORMAT = 1
@@ -49,7 +49,7 @@ class MismatchError(InputError):
 # The card ------------------------------------------------------------------------------------------------------------
 
 
-def make_card(task: SemanticSegmentation, metrics: Mapping[str, Tensor | float] | None = None) -> Card:
+def make_card(task: PointTask, metrics: Mapping[str, Tensor | float] | None = None) -> Card:
     """All that is needed to use a checkpoint without its training run, in plain types only.
 
     Keys: ``format``, ``task`` (``class_path``/``init_args`` with backbone, head and criteria), ``training`` (optimizer
@@ -95,7 +95,7 @@ def data_entries(pipeline: Pipeline | None) -> dict[str, Any]:
     return {
         "features": [{"name": name, "channels": n} for name, n in feature_channels(pipeline.features).items()],
         "in_channels": int(pipeline.in_channels),
-        "grid_size": float(pipeline.grid_size),
+        "grid_size": None if pipeline.grid_size is None else float(pipeline.grid_size),
     }
 
 
@@ -233,7 +233,7 @@ def _read_export(path: Path) -> dict[str, Any]:
 
 def load_task(
     path: str | Path, trust: bool = False, allow: tuple[str, ...] = ("pc3d.",)
-) -> tuple[SemanticSegmentation, Pipeline, Card]:
+) -> tuple[PointTask, Pipeline, Card]:
     """Rebuild a trained task from its checkpoint alone, on the CPU in eval mode.
 
     Args:
@@ -313,8 +313,8 @@ class InitReport:
         return "\n".join(lines + [f"  {note}" for note in self.notes])
 
 
-def init_weights(task: SemanticSegmentation, path: str | Path, strict: bool = False, trust: bool = False) -> InitReport:
-    """Start a task from the weights of a checkpoint: backbone and head only, no optimizer, step count or loss buffers.
+def init_weights(task: PointTask, path: str | Path, strict: bool = False, trust: bool = False) -> InitReport:
+    """Start a task from the weights of a checkpoint: backbone and heads, no optimizer, step count or loss buffers.
 
     A ``module.`` prefix is dropped; a file of a bare backbone (no ``backbone.`` prefix) is accepted.
 
@@ -328,7 +328,7 @@ def init_weights(task: SemanticSegmentation, path: str | Path, strict: bool = Fa
         InputError: if nothing fits, or not all with ``strict``.
     """
     checkpoint = read_checkpoint(path, trust)
-    own = {name: value for name, value in task.state_dict().items() if name.startswith(("backbone.", "head."))}
+    own = {name: value for name, value in task.state_dict().items() if not name.startswith(_LOSSES)}
     state = {name.removeprefix("module."): value for name, value in checkpoint["state_dict"].items()}
     if not own.keys() & state.keys():
         state = {f"backbone.{name}": value for name, value in state.items()}
@@ -348,7 +348,7 @@ def init_weights(task: SemanticSegmentation, path: str | Path, strict: bool = Fa
     return report
 
 
-def _init_notes(task: SemanticSegmentation, card: Card | None) -> list[str]:
+def _init_notes(task: PointTask, card: Card | None) -> list[str]:
     here: dict[str, Any] = {"class_names": task.class_names, **data_entries(task.pipeline)}
     if card is None:
         return []

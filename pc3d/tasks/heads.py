@@ -32,6 +32,20 @@ class LinearHead(SegmentationHead):
         return self.linear(features)
 
 
+class CompletionHead(nn.Module, Configurable, ABC):
+    """From features of whole clouds to their points.
+
+    Attributes:
+        in_channels: width of the features.
+    """
+
+    in_channels: int
+
+    @abstractmethod
+    def forward(self, latent: Tensor, condition: Tensor | None = None) -> Tensor:
+        """``(B, M, 3)`` points from ``(B, in_channels)``."""
+
+
 @dataclass
 class InstanceOutput:
     """What an instance head makes of a batch.

@@ -39,7 +39,7 @@ def predict_cloud(
     ``vote`` is the published protocol: for every augmentation the cloud is cut into fragments of one point per cell,
     and the softmax probabilities of all forward passes are summed per point. Fragments are made one after the other,
     and forgotten. ``fast`` is one forward pass over the first point of each cell, whose probabilities all points of
-    the cell share.
+    the cell share. Without a grid every pass is such a single one, over what ``pipeline.select`` leaves, or over all.
 
     Args:
         task: the model; used in eval mode, on the device where it is.
@@ -65,7 +65,9 @@ def predict_cloud(
     if overlap is not None and tile is None:
         raise InputError(f"overlap {overlap} without tile: give the edge of the tiles too")
     if mode == "fast":
-        predict = partial(_one_pass, task, pipeline)
+        predict = partial(_single, task, pipeline)
+    elif pipeline.grid_size is None:
+        predict = partial(_singles, task, pipeline, passes=augmentations or [[]], generator=generator)
     else:
         passes = [[]] if augmentations is None else augmentations
         predict = partial(_vote, task, pipeline, passes=passes, per_pass=fragments_per_pass, generator=generator)
@@ -110,8 +112,24 @@ def check_cloud(points: Points) -> None:
         )
 
 
-def _one_pass(task: SemanticSegmentation, pipeline: Pipeline, points: Points) -> Tensor:
-    sampled = pipeline.evaluate(_indexed(points))
+def _singles(
+    task: SemanticSegmentation,
+    pipeline: Pipeline,
+    points: Points,
+    passes: Sequence[Sequence[Transform]],
+    generator: torch.Generator | None,
+) -> Tensor:
+    return torch.stack([_single(task, pipeline, points, augmentation, generator) for augmentation in passes]).sum(0)
+
+
+def _single(
+    task: SemanticSegmentation,
+    pipeline: Pipeline,
+    points: Points,
+    augmentation: Sequence[Transform] = (),
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    sampled = pipeline.evaluate(_indexed(points), augmentation, generator)
     source, rows = original_rows(sampled)
     votes = torch.zeros(points.num_points, len(task.class_names), device=task.device)
     votes[source.get("index").to(task.device)] = _probabilities(task, sampled)[rows.to(task.device)]
@@ -141,7 +159,7 @@ def _vote(
 
 
 def _probabilities(task: SemanticSegmentation, sampled: Points) -> Tensor:
-    return task(sampled.replace(source=None).to(task.device)).float().softmax(1)
+    return task.probabilities(sampled.replace(source=None).to(task.device))
 
 
 def _indexed(points: Points) -> Points:

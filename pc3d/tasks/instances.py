@@ -23,7 +23,7 @@ from pc3d.nn.backbone import Backbone
 from pc3d.points import Points
 from pc3d.tasks.heads import InstanceHead, InstanceOutput, SegmentationHead
 from pc3d.tasks.inference import original_rows
-from pc3d.tasks.optim import OptimizerConfig, ScheduleConfig, freeze_parameters
+from pc3d.tasks.optim import OptimizerConfig, ScheduleConfig
 from pc3d.tasks.segmentation import SemanticSegmentation
 
 
@@ -69,7 +69,7 @@ class InstanceSegmentation(SemanticSegmentation):
         self.coverage = InstanceCoverage(things)
         self.part_errors = PartMisclassification(len(class_names))
         self.variant_metrics = nn.ModuleDict()
-        self.frozen = freeze_parameters(self, freeze or [])
+        self.freeze_matching(freeze)
 
     def forward(self, points: Points) -> Tensor:
         """``(N, K)`` logits of sampled points, those of the instance head."""
@@ -110,7 +110,7 @@ class InstanceSegmentation(SemanticSegmentation):
         output = self.instance_head(features, logits, batch)
         loss = self.instance_loss(output, batch, "train")
         if logits.requires_grad:
-            loss = loss + self._loss(logits, target, "train", len(batch))
+            loss = loss + self._loss(logits, target, "train", batch)
         for criterion in self.feature_criteria:
             loss = loss + criterion(features, target, logits.detach().argmax(1))
         self.train_metrics.update(output.logits.detach().argmax(1), target)
@@ -128,10 +128,8 @@ class InstanceSegmentation(SemanticSegmentation):
 
     def test_step(self, batch: Sequence[Points], batch_idx: int) -> dict[str, Any]:
         self._reseed(-1, batch_idx)
-        if self.pipeline is None:
-            raise InputError("testing needs the data's pipeline: use a PointDataModule or a checkpoint with a card")
         (cloud,) = batch
-        return self._evaluate(self.pipeline.evaluate(cloud).to(self.device), self.test_metrics, "test")
+        return self._evaluate(self.test_pipeline().evaluate(cloud).to(self.device), self.test_metrics, "test")
 
     def _evaluate(self, batch: Points, metrics: SegmentationMetrics, stage: str) -> dict[str, Any]:
         output = self.outputs(batch)

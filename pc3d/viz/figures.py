@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -139,8 +141,6 @@ def save_bird_eye_view(
     Raises:
         InputError: if matplotlib is missing or the file cannot be written.
     """
-    import torch
-
     from pc3d.ops.boxes import box_corners
 
     coord = points.coord.cpu().numpy()
@@ -190,6 +190,48 @@ def save_triptych(
         panels.append(_errors(actual, predicted))
     present = [predicted] if actual is None else [predicted, actual]
     return _draw_panels(path, points, panels, np.unique(np.concatenate(present)), names, colors)
+
+
+def save_titled_cloud(path: str | Path, points: Points, title: str, right: bool = True) -> Path:
+    """Write one cloud with a title, red where it is not ``right``.
+
+    Raises:
+        InputError: as :func:`save_triptych`.
+    """
+    colors = point_colors(points.without_attrs(*LABEL_FIELDS, "instance"), "auto")
+    picture = _crop([rasterize(points, (720, 640), choose_view(points, aspect=1.125)).paint(colors)])[0]
+    figure = _figure(5.2, 5.2 * picture.shape[0] / picture.shape[1] + 0.8, path)
+    axes = figure.add_subplot()
+    axes.imshow(picture)
+    axes.set_axis_off()
+    axes.set_title(title, fontsize=13, color="#20303c" if right else "#c0392b")
+    return _save(figure, path)
+
+
+def save_point_sets(path: str | Path, panels: Mapping[str, Tensor], title: str) -> Path:
+    """Write point sets side by side, seen from one camera and coloured by height.
+
+    Args:
+        panels: title -> ``(N, 3)`` points.
+
+    Raises:
+        InputError: as :func:`save_triptych`.
+    """
+    sets = {name: points.detach().cpu() for name, points in panels.items()}
+    everything = Points(torch.cat(list(sets.values())))
+    colors, view = point_colors(everything, "height"), choose_view(everything, aspect=1.15)
+    figure, start = _figure(4.6 * len(sets), 4.6, path), 0
+    for i, (name, points) in enumerate(sets.items()):
+        own = slice(start, start + len(points))
+        visible = None if view.visible is None else view.visible[own]
+        raster = rasterize(points, (760, 660), replace(view, visible=visible))
+        axes = figure.add_subplot(1, len(sets), i + 1)
+        axes.imshow(raster.paint(colors[own]))
+        axes.set_title(f"{name}, {_short(len(points))} points", fontsize=13)
+        axes.set_axis_off()
+        start += len(points)
+    figure.suptitle(title.rsplit("/", 1)[-1], fontsize=12, color="#56626c", x=0.012, ha="left")
+    return _save(figure, path)
 
 
 def save_label_panels(

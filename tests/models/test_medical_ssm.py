@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from pc3d.errors import InputError
-from pc3d.losses.completion import chamfer_distance, density_aware_chamfer_distance
 from pc3d.models import PointSSM
 from pc3d.models.heads import FoldingDecoder
+from pc3d.ops.point_sets import chamfer_distance, density_aware_chamfer_distance
 from pc3d.points import Points
 
 SIZES = {

@@ -15,8 +15,9 @@ from tiny import TinyData, tiny_task, trainer
 
 from pc3d import InputError
 from pc3d.metrics.segmentation import scores_from_confusion
-from pc3d.tasks.callbacks import RunRecord, SavePictures, ScoreProgressBar, ScoreTable, score_table
+from pc3d.tasks.callbacks import RunRecord, SavePictures, ScoreProgressBar, ScoreTable
 from pc3d.tasks.record import git_revision, write_json
+from pc3d.tasks.tables import score_table
 
 
 def test_score_table() -> None:

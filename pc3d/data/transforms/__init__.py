@@ -2,8 +2,10 @@
 
 from pc3d.data.transforms.attributes import (
     AssembleFeatures,
+    DropAttribute,
     EstimateNormals,
     HeightAboveGround,
+    HeightAboveLowest,
     LocalGeometry,
     ScaleAttribute,
 )
@@ -18,9 +20,11 @@ from pc3d.data.transforms.geometric import (
     RandomRotate,
     RandomRotateTargetAngle,
     RandomScale,
+    RandomShift,
+    UnitShape,
 )
 from pc3d.data.transforms.presets import IndoorAugment, OutdoorAugment
-from pc3d.data.transforms.sampling import CropBox, GridSample, RandomDropout, ShufflePoints, SphereCrop
+from pc3d.data.transforms.sampling import CropBox, FixedPoints, GridSample, RandomDropout, ShufflePoints, SphereCrop
 from pc3d.data.transforms.segments import ChooseSegments, GraphSegments
 
 __all__ = [
@@ -33,11 +37,14 @@ __all__ = [
     "CloudTransform",
     "Compose",
     "CropBox",
+    "DropAttribute",
     "ElasticDistortion",
     "EstimateNormals",
+    "FixedPoints",
     "GraphSegments",
     "GridSample",
     "HeightAboveGround",
+    "HeightAboveLowest",
     "IndoorAugment",
     "LocalGeometry",
     "NormalizeColor",
@@ -49,8 +56,10 @@ __all__ = [
     "RandomRotate",
     "RandomRotateTargetAngle",
     "RandomScale",
+    "RandomShift",
     "ScaleAttribute",
     "ShufflePoints",
     "SphereCrop",
     "Transform",
+    "UnitShape",
 ]

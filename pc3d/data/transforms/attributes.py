@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pc3d.data.transforms.base import CloudTransform, Transform
+from pc3d.data.transforms.base import CloudTransform, Transform, chance
+from pc3d.data.transforms.geometric import Axis
 from pc3d.errors import InputError
 from pc3d.points import Points
 
@@ -145,6 +146,31 @@ def _window_max(heights: Tensor, radius: int) -> Tensor:
     size = 2 * radius + 1
     rows = F.max_pool2d(heights[None, None], (size, 1), stride=1, padding=(radius, 0))
     return F.max_pool2d(rows, (1, size), stride=1, padding=(0, radius))[0, 0]
+
+
+class HeightAboveLowest(CloudTransform):
+    """Distance from the lowest point of the cloud along an axis, ``output`` (N,) float32: for objects that stand."""
+
+    def __init__(self, axis: Axis = "z", output: str = "height") -> None:
+        self.axis = axis
+        self.output = output
+
+    def apply(self, cloud: Points, generator: torch.Generator | None) -> Points:
+        values = cloud.coord[:, "xyz".index(self.axis)]
+        lowest = values.amin() if len(values) else 0.0
+        return cloud.with_attrs(**{self.output: values - lowest})
+
+
+class DropAttribute(CloudTransform):
+    """With probability ``p`` set an attribute of a whole cloud to 0, so that a model does not rely on it alone."""
+
+    def __init__(self, name: str, p: float = 0.2) -> None:
+        self.name = name
+        self.p = p
+
+    def apply(self, cloud: Points, generator: torch.Generator | None) -> Points:
+        values = cloud.get(self.name)
+        return cloud.with_attrs(**{self.name: torch.zeros_like(values)}) if chance(self.p, generator) else cloud
 
 
 class EstimateNormals(CloudTransform):

@@ -125,13 +125,80 @@ def rotate(cloud: Points, matrix: Tensor, center: Sequence[float] | None = None)
 
 
 class RandomScale(CloudTransform):
-    """Scale a cloud about the coordinate origin by one factor from U(scale)."""
+    """Scale a cloud about the coordinate origin by one factor from U(scale).
 
-    def __init__(self, scale: Sequence[float] = (0.9, 1.1)) -> None:
+    Args:
+        scale: lowest and highest factor.
+        anisotropic: a factor of its own for each axis; normals stay as they are, as published.
+    """
+
+    def __init__(self, scale: Sequence[float] = (0.9, 1.1), anisotropic: bool = False) -> None:
         self.scale = scale
+        self.anisotropic = anisotropic
 
     def apply(self, cloud: Points, generator: torch.Generator | None) -> Points:
-        return cloud.with_attrs(coord=cloud.coord * uniform(self.scale[0], self.scale[1], generator))
+        if not self.anisotropic:
+            return cloud.with_attrs(coord=cloud.coord * uniform(self.scale[0], self.scale[1], generator))
+        factors = [uniform(self.scale[0], self.scale[1], generator) for _ in range(3)]
+        return cloud.with_attrs(coord=cloud.coord * cloud.coord.new_tensor(factors))
+
+
+class RandomShift(CloudTransform):
+    """Move a cloud along each axis by a distance from U(shift)."""
+
+    def __init__(self, shift: Sequence[float] = (-0.2, 0.2)) -> None:
+        self.shift = shift
+
+    def apply(self, cloud: Points, generator: torch.Generator | None) -> Points:
+        distances = [uniform(self.shift[0], self.shift[1], generator) for _ in range(3)]
+        return cloud.with_attrs(coord=cloud.coord + cloud.coord.new_tensor(distances))
+
+
+class UnitShape(CloudTransform):
+    """Centre a cloud and scale it to size 1; ``meta["unit_frame"]`` (centre x, y, z and scale) leads back.
+
+    Args:
+        fit: ``sphere``: the centroid goes to the origin, the farthest point to distance 1; ``box``: the middle of the
+            bounding box goes to the origin, the largest coordinate to 1.
+        separate: of a cloud to complete (``target`` 0 and 1), fit either side by itself, as published; default both by
+            what is there, the only side that a prediction knows.
+    """
+
+    def __init__(self, fit: Literal["sphere", "box"] = "sphere", separate: bool = False) -> None:
+        if fit not in ("sphere", "box"):
+            raise InputError(f"UnitShape.fit: '{fit}' is neither sphere nor box")
+        self.fit = fit
+        self.separate = separate
+
+    def apply(self, cloud: Points, generator: torch.Generator | None) -> Points:
+        there = cloud.get("target") == 0 if "target" in cloud else cloud.coord.new_ones(len(cloud.coord)).bool()
+        if not bool(there.any()):
+            return cloud
+        center, scale = self._frame(cloud.coord[there])
+        coord = (cloud.coord - center) / scale
+        if self.separate and not bool(there.all()):
+            wanted, size = self._frame(cloud.coord[~there])
+            coord = torch.where(there[:, None], coord, (cloud.coord - wanted) / size)
+        x, y, z, before = cloud.meta[0].get("unit_frame", (0.0, 0.0, 0.0, 1.0))
+        moved = [o + before * c for o, c in zip((x, y, z), center.tolist(), strict=True)]
+        meta = {**cloud.meta[0], "unit_frame": [*moved, before * scale.item()]}
+        return cloud.with_attrs(coord=coord).replace(meta=[meta])
+
+    def _frame(self, coord: Tensor) -> tuple[Tensor, Tensor]:
+        """Centre ``(3,)`` and scale; a scale of 1 where all points coincide."""
+        if self.fit == "sphere":
+            center = coord.double().mean(0).to(coord)
+            scale = (coord - center).norm(dim=1).amax()
+        else:
+            center = (coord.amin(0) + coord.amax(0)) / 2
+            scale = (coord - center).abs().amax()
+        return center, torch.where(scale > 0, scale, 1)
+
+
+def from_unit_frame(coord: Tensor, meta: dict[str, Any]) -> Tensor:
+    """``(N, 3)`` coordinates before :class:`UnitShape`, from those of a cloud with this ``meta``."""
+    *center, scale = meta.get("unit_frame", (0.0, 0.0, 0.0, 1.0))
+    return coord * scale + coord.new_tensor(center)
 
 
 class RandomFlip(CloudTransform):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pc3d.data.transforms.base import CloudTransform, Transform, chance
 from pc3d.errors import InputError
+from pc3d.ops.neighbours import farthest_points, knn
 from pc3d.ops.voxelize import UniqueVoxels, grid_coords, unique_voxels
 from pc3d.points import Points
 
@@ -157,6 +158,67 @@ class SphereCrop(CloudTransform):
         center = cloud.coord[int(torch.randint(cloud.num_points, (1,), generator=generator))]
         distance = (cloud.coord - center).square().sum(1)
         return cloud.select(torch.argsort(distance, stable=True)[:keep])
+
+
+class FixedPoints(CloudTransform):
+    """Keep exactly ``count`` points of a cloud; a smaller one repeats some. An empty cloud stays empty.
+
+    The two sides of a cloud to complete (``target`` 0 and 1) get ``count`` points each.
+
+    Args:
+        count: points to keep.
+        pick: ``random`` ones, the ``first`` rows, or the ``farthest`` from each other (farthest point sampling from the
+            first row, in the order they are taken).
+        replace: draw random points with repeats, as some published protocols do.
+        inverse: keep the cloud before sampling as ``source``, with ``attrs["inverse"]`` (point -> nearest kept point).
+    """
+
+    def __init__(
+        self,
+        count: int,
+        pick: Literal["random", "first", "farthest"] = "random",
+        replace: bool = False,
+        inverse: bool = False,
+    ) -> None:
+        if count < 1 or pick not in ("random", "first", "farthest") or (replace and pick != "random"):
+            raise InputError(
+                f"FixedPoints: count {count} must be at least 1, pick '{pick}' random, first or farthest, and replace "
+                "is for random"
+            )
+        self.count = count
+        self.pick = pick
+        self.replace = replace
+        self.inverse = inverse
+
+    def apply(self, cloud: Points, generator: torch.Generator | None) -> Points:
+        if cloud.num_points == 0:
+            return cloud
+        sides = [torch.arange(cloud.num_points, device=cloud.device)]
+        if "target" in cloud:
+            sides = [(cloud.get("target") == side).nonzero()[:, 0] for side in (0, 1)]
+        rows = torch.cat([own[self._choose(cloud.coord[own], generator)] for own in sides if len(own)])
+        sampled = cloud.select(rows)
+        if not self.inverse:
+            return sampled
+        nearest, _ = knn(cloud.coord, cloud.offsets, sampled.coord, sampled.offsets, 1)
+        return sampled.replace(source=cloud.with_attrs(inverse=nearest[:, 0]))
+
+    def _choose(self, coord: Tensor, generator: torch.Generator | None) -> Tensor:
+        """``(count,)`` rows."""
+        size = len(coord)
+        if self.replace:
+            return torch.randint(size, (self.count,), generator=generator).to(coord.device)
+        if size < self.count:
+            more = torch.arange(self.count - size) % size
+            if self.pick != "first":
+                more = torch.randint(size, (self.count - size,), generator=generator)
+            return torch.cat([torch.arange(size), more]).to(coord.device)
+        if self.pick == "first":
+            return torch.arange(self.count, device=coord.device)
+        if self.pick == "random":
+            return torch.randperm(size, generator=generator)[: self.count].to(coord.device)
+        borders = torch.tensor([[0, size], [0, self.count]], device=coord.device)
+        return farthest_points(coord, borders[0], borders[1])
 
 
 class RandomDropout(CloudTransform):

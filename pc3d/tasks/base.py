@@ -1,0 +1,228 @@
+"""``PointTask``: what all tasks share, from set-up to checkpoints."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
+from rich.table import Table
+from torch import Tensor, nn
+
+from pc3d.config import Configurable
+from pc3d.data.pipeline import Pipeline
+from pc3d.errors import InputError
+from pc3d.losses import CrossEntropy, Loss
+from pc3d.metrics import SegmentationMetrics
+from pc3d.nn.backbone import Backbone
+from pc3d.points import Points
+from pc3d.tasks.checkpoint import CARD, check_card, check_weights, data_entries, make_card
+from pc3d.tasks.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule, freeze_parameters
+
+ADAMW = OptimizerConfig()
+ONECYCLE = ScheduleConfig()
+
+
+class PointTask(pl.LightningModule, Configurable):
+    """A backbone with everything around it that does not depend on what it is trained for; knows no model.
+
+    A subclass calls :meth:`freeze_matching` at the end of its ``__init__``, and has steps, scores and reports.
+
+    Args:
+        backbone: ``points -> features``.
+        class_names: name of class 0, 1, ...
+        optimizer: optimizer and its parameter groups.
+        schedule: learning rate over the optimizer steps.
+        ema_decay: keep a moving average of the weights with this decay per step; it is what is validated, tested and
+            exported.
+    """
+
+    monitor: ClassVar[tuple[str, str]]
+    """Figure that chooses the best checkpoint, and ``max`` or ``min``."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        class_names: list[str],
+        optimizer: OptimizerConfig = ADAMW,
+        schedule: ScheduleConfig = ONECYCLE,
+        ema_decay: float | None = None,
+    ) -> None:
+        super().__init__()
+        for training_only in ("optimizer", "schedule"):  # a task's config describes a model; the card has these apart
+            self._init_args.pop(training_only, None)
+        if not class_names:
+            raise InputError("model.class_names is empty: name at least one class")
+        if ema_decay is not None and not 0 < ema_decay < 1:
+            raise InputError(f"model.ema_decay is {ema_decay}: it must lie between 0 and 1")
+        self.backbone = backbone
+        self.class_names = list(class_names)
+        self.optimizer_config = optimizer
+        self.schedule_config = schedule
+        self.ema_decay = ema_decay
+        self.frozen: list[nn.Module] = []
+        self.scores: dict[str, Any] = {}
+        self.seed: int | None = None
+        # What a checkpoint tells about its data; taken from the data module or from the checkpoint.
+        self.pipeline: Pipeline | None = None
+        self.palette: list[tuple[int, int, int]] | None = None
+        self.label_map: dict[int, int] | None = None
+
+    # Reports ---------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def score_table(self, stage: str, title: str) -> Table:
+        """The scores of a stage, to be printed."""
+
+    @abstractmethod
+    def save_picture(self, path: Path, cloud: Points, prediction: Any) -> Path:
+        """Draw one cloud of a step's ``points`` with its entry of ``prediction``."""
+
+    def predictions(self, outputs: dict[str, Any]) -> Iterator[tuple[Points, Any]]:
+        """Each cloud of a step's outputs (``points`` and ``prediction``, one entry per cloud), with its own entry."""
+        yield from zip(outputs["points"], outputs["prediction"], strict=True)
+
+    def confusion(self, stage: str) -> Tensor | None:
+        """``(K, K)`` counts of a stage, rows truth; None if the task has no classes to confuse."""
+        return None
+
+    def running_score(self, stage: str) -> tuple[str, float] | None:
+        """Name and value of a score of the epoch so far, of this process; None before the first batch."""
+        return None
+
+    # Set-up ----------------------------------------------------------------------------------------------------------
+
+    def freeze_matching(self, patterns: Sequence[str] | None) -> None:
+        """Do not train the parameters whose names match; modules frozen whole stay in eval mode."""
+        self.frozen = freeze_parameters(self, patterns or [])
+
+    def setup(self, stage: str) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None:
+            self.pipeline, self.palette, self.label_map = data.pipeline, data.dataset.palette, data.dataset.label_map
+            if list(data.class_names) != self.class_names:
+                raise InputError(f"model.class_names {self.class_names} are not those of the data: {data.class_names}")
+            if data.in_channels != self.backbone.in_channels:
+                raise InputError(
+                    f"model.backbone takes {self.backbone.in_channels} channels, "
+                    f"data.pipeline.features {data.pipeline.features} make {data.in_channels}"
+                )
+        if self.seed is None:
+            self.seed = int(os.environ.get("PL_GLOBAL_SEED") or torch.initial_seed())
+        if stage == "fit":
+            make_card(self)  # a model that cannot be described must fail before the training, not after it
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise InputError("the schedule needs the length of the run: set trainer.max_epochs or trainer.max_steps")
+        optimizer = build_optimizer(self.optimizer_config, self.named_parameters())
+        schedule = build_schedule(self.schedule_config, optimizer, int(steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        if self.ema_decay is None or self.trainer.state.fn != "fit":
+            return []
+        from pc3d.tasks.ema import EmaWeights
+
+        return [EmaWeights(self.ema_decay)]
+
+    def train(self, mode: bool = True) -> PointTask:
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
+
+    def test_pipeline(self) -> Pipeline:
+        """The pipeline for raw clouds.
+
+        Raises:
+            InputError: if neither data module nor checkpoint brought one.
+        """
+        if self.pipeline is None:
+            raise InputError("testing needs the data's pipeline: use a PointDataModule or a checkpoint with a card")
+        return self.pipeline
+
+    # Training --------------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        self.train()  # the trainer leaves modes as it finds them: those of a loaded or partly frozen task are not right
+
+    def log_rates(self, batch_size: int) -> None:
+        """Log the learning rate of every parameter group."""
+        for group in self.trainer.optimizers[0].param_groups:
+            name = "lr" if group["name"] == "rest" else f"lr/{group['name']}"
+            self.log(name, group["lr"], batch_size=batch_size)
+
+    def log_losses(self, losses: dict[str, Tensor], stage: str, batch_size: int) -> Tensor:
+        """Their sum; logs it and, where there are several, each of them."""
+        loss = torch.stack(list(losses.values())).sum()
+        self.log(f"{stage}/loss", loss, prog_bar=stage == "train", batch_size=batch_size, sync_dist=stage != "train")
+        if len(losses) > 1:
+            values = {f"{stage}/loss_{name}": value for name, value in losses.items()}
+            self.log_dict(values, batch_size=batch_size, sync_dist=stage != "train")
+        return loss
+
+    # Exact restarts and checkpoints ----------------------------------------------------------------------------------
+
+    def _reseed(self, epoch: int, batch_idx: int) -> None:
+        """Make every draw of this step (dropout, ...) a function of (seed, epoch, step, rank), also after a resume."""
+        key = np.random.SeedSequence([self.seed or 0, epoch + 1, batch_idx, self.global_rank])
+        torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        figures = self.trainer.callback_metrics if self._trainer is not None else {}
+        checkpoint[CARD] = make_card(self, {k: v for k, v in figures.items() if k.startswith(("val/", "test/"))})
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        path = str(self.trainer.ckpt_path) if self._trainer is not None else "checkpoint"
+        if CARD in checkpoint:
+            check_card(checkpoint[CARD], path, class_names=self.class_names, **data_entries(self.pipeline))
+            self.seed = checkpoint[CARD]["seed"]
+        check_weights(checkpoint["state_dict"], self.state_dict(), path)
+
+
+class ClassTask(PointTask):
+    """A task whose result is a class, of a point or of a cloud: losses of logits, and scores from a confusion matrix.
+
+    Args:
+        criteria: losses, summed (each holds its own ``loss_weight``), default cross-entropy.
+        backbone, class_names, optimizer, schedule, ema_decay: see :class:`PointTask`.
+    """
+
+    metrics_class: ClassVar[type[SegmentationMetrics]] = SegmentationMetrics
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        class_names: list[str],
+        criteria: list[Loss] | None = None,
+        optimizer: OptimizerConfig = ADAMW,
+        schedule: ScheduleConfig = ONECYCLE,
+        ema_decay: float | None = None,
+    ) -> None:
+        super().__init__(backbone, class_names, optimizer, schedule, ema_decay)
+        self.criteria = nn.ModuleList(criteria or [CrossEntropy()])
+        self.train_metrics = self.metrics_class(len(class_names))
+        self.val_metrics = self.metrics_class(len(class_names))
+        self.test_metrics = self.metrics_class(len(class_names))
+
+    def _loss(self, logits: Tensor, target: Tensor, stage: str, points: Points) -> Tensor:
+        """Sum of the criteria, logged."""
+        values = {}
+        for i, criterion in enumerate(self.criteria):
+            assert isinstance(criterion, Loss)
+            values[f"{i}_{type(criterion).__name__}"] = criterion.of_clouds(logits, target, points.offsets)
+        return self.log_losses(values, stage, len(points))
+
+    def confusion(self, stage: str) -> Tensor | None:
+        return self.scores[stage].confusion
+
+    def stage_metrics(self, stage: str) -> SegmentationMetrics:
+        return {"train": self.train_metrics, "val": self.val_metrics, "test": self.test_metrics}[stage]
