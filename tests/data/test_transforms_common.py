@@ -21,11 +21,15 @@ TRANSFORMS = [
     T.ChromaticTranslation(p=0.7, ratio=0.1),
     T.Compose([T.CenterShift(), T.RandomScale((0.5, 2.0))]),
     T.CropBox((10, -5, 1, 13, -3, 2)),
+    T.DropAttribute("color", p=0.7),
     T.ElasticDistortion(((0.5, 0.1), (1.0, 0.4)), p=0.8),
     T.EstimateNormals(k=8),
+    T.FixedPoints(40, "random"),
+    T.FixedPoints(25, "farthest", inverse=True),
     T.GraphSegments(k=[0.05, 0.2], min_size=5, color_weight=0.5),
     T.GridSample(0.3),
     T.GridSample(0.3, "center", inverse=True, key_order="fnv"),
+    T.HeightAboveLowest("y", output="over_y"),
     T.HeightAboveGround(cell=0.5, window=2.0, output="z_above"),
     T.IndoorAugment(dropout_p=1.0, elastic=False),
     T.LocalGeometry(k=8, features=["normal", "planarity"]),
@@ -38,9 +42,12 @@ TRANSFORMS = [
     T.RandomRotate((-0.5, 0.25), "x", center=(1, 2, 3), p=0.7),
     T.RandomRotateTargetAngle((0.5, 1.0), "y", p=0.7),
     T.RandomScale((0.5, 2.0)),
+    T.RandomScale((0.5, 2.0), anisotropic=True),
+    T.RandomShift((-0.3, 0.1)),
     T.ScaleAttribute("segment", 2.0, 1.0, output="twice"),
     T.ShufflePoints(),
     T.SphereCrop(rate=0.4),
+    T.UnitShape("box"),
 ]
 every_transform = pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda t: type(t).__name__)
 
@@ -102,7 +109,10 @@ def test_empty_and_tiny_clouds(transform: T.Transform, counts: tuple[int, ...]) 
     points = random_points(counts)
     result = transform(points, seeded())
     assert len(result) == len(counts)
-    assert bool((result.counts <= points.counts).all())
+    if isinstance(transform, T.FixedPoints):  # repeats the points of a smaller cloud
+        assert result.counts.tolist() == [transform.count if n else 0 for n in counts]
+    else:
+        assert bool((result.counts <= points.counts).all())
     assert set(result.attrs) == set(transform(random_points((30,)), seeded()).attrs)
     assert bool(torch.isfinite(result.coord).all())
 
@@ -157,7 +167,7 @@ def test_indoor_set_is_the_published_one() -> None:
         ("RandomRotate", {"angle": [-1, 1], "axis": "z", "center": [0, 0, 0], "p": 0.5}),
         ("RandomRotate", {"angle": tilt, "axis": "x", "center": None, "p": 0.5}),
         ("RandomRotate", {"angle": tilt, "axis": "y", "center": None, "p": 0.5}),
-        ("RandomScale", {"scale": [0.9, 1.1]}),
+        ("RandomScale", {"scale": [0.9, 1.1], "anisotropic": False}),
         ("RandomFlip", {"p": 0.5}),
         ("RandomJitter", {"sigma": 0.005, "clip": 0.02}),
         ("ElasticDistortion", {"distortion": [[0.2, 0.4], [0.8, 1.6]], "p": 0.95}),
