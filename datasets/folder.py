@@ -119,6 +119,9 @@ class FolderDataset(PointDataset):
         name = self._names[unit.file]
         return name if unit.tile is None else f"{name}_{unit.tile[0]}_{unit.tile[1]}"
 
+    def group(self, split: Split, index: int) -> str:
+        return str(self._units(split)[index].file)
+
     def fingerprint(self, split: Split, index: int) -> str:
         unit = self._units(split)[index]
         files = [unit.file] if self.label_file is None else [unit.file, self._label_path(unit.file)]

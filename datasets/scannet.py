@@ -65,6 +65,9 @@ class ScanNet(SceneDataset):
         scenes = self.prepared_scenes([split])
         return [] if scenes is None and self.prepared_scenes(("train", "val", "test")) is not None else scenes
 
+    def group(self, split: Split, index: int) -> str:
+        return self.name(split, index).split("_")[0]  # scans of a room differ in what follows
+
     def files(self, scene: Scene) -> Iterable[Path]:
         if scene.raw is None:
             return super().files(scene)

@@ -82,6 +82,9 @@ class SemanticKITTI(SceneDataset):
     def list_prepared(self, split: Split) -> list[Scene] | None:
         return None
 
+    def group(self, split: Split, index: int) -> str:
+        return self.name(split, index).split("_")[0]  # the sequence
+
     def files(self, scene: Scene) -> Iterable[Path]:
         assert scene.raw is not None
         files = [part for scan in self._history(scene.raw) for part in (scan, _label_path(scan))]

@@ -34,5 +34,8 @@ class Waymo(SceneDataset):
         scenes = self.prepared_scenes([_FOLDERS[split]])
         return [] if scenes is None and self.prepared_scenes(_FOLDERS.values()) is not None else scenes
 
+    def group(self, split: Split, index: int) -> str:
+        return self.scenes(split)[index].place.split("/")[1]  # the segment: 20 seconds of a drive
+
     def load_raw(self, scene: Scene) -> Points:
         raise NotImplementedError("Waymo has no raw layout here")

@@ -69,6 +69,10 @@ class PointDataset(Configurable, ABC):
     def name(self, split: Split, index: int) -> str:
         """Short unique name of a cloud, usable as a file name."""
 
+    def group(self, split: Split, index: int) -> str:
+        """The place that a cloud shows; scans of one place (a room, a drive) share it. By default its own name."""
+        return self.name(split, index)
+
     @abstractmethod
     def load(self, split: Split, index: int) -> Points:
         """One raw cloud with ``segment`` in class numbers (``-1`` ignored), its ``name`` and ``origin`` in ``meta``.

@@ -6,20 +6,22 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sized
-from typing import Any
+from typing import Any, get_args
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.trainer.states import TrainerFn
 from rich.progress import track
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pc3d.data.cache import CloudCache
 from pc3d.data.collate import Collate
 from pc3d.data.dataset import IGNORE, PointDataset, Split
 from pc3d.data.pipeline import Pipeline
-from pc3d.data.sampler import CloudSampler, Draw, generator_of
+from pc3d.data.sampler import Balance, CloudSampler, Draw, class_balance, generator_of, scene_balance
 from pc3d.errors import InputError
+from pc3d.losses.weighting import Unit
 from pc3d.points import Points
 
 Sample = tuple[Draw, Points]
@@ -48,6 +50,9 @@ class PointDataModule(pl.LightningDataModule):
         val_batch_size: clouds per validation batch and device.
         num_workers: loader processes per device; 0 loads in the training process.
         repeat: passes over the training clouds per epoch, each in a new order.
+        balance: how often each training cloud is drawn, in as many draws per epoch: None all alike; ``classes`` as if
+            a class were chosen at random, then one of its points and the cloud it is in; ``points`` by its number of
+            points, for crops to come from everywhere alike; ``scenes`` as if a scene were chosen, then a scan of it.
         mix3d: probability that the clouds of a training batch are merged in pairs (Nekrasov et al., Mix3D, 3DV 2021).
         seed: of order and augmentation; None takes ``seed_everything``'s.
         cache: keep prepared clouds on disk: True (default folder, see :class:`~pc3d.data.cache.CloudCache`), a folder,
@@ -63,6 +68,7 @@ class PointDataModule(pl.LightningDataModule):
         val_batch_size: int = 1,
         num_workers: int = 0,
         repeat: int = 1,
+        balance: Balance | None = None,
         mix3d: float = 0.0,
         seed: int | None = None,
         cache: bool | str = True,
@@ -76,6 +82,8 @@ class PointDataModule(pl.LightningDataModule):
         ):
             if value < least:
                 raise InputError(f"data.{name}: {value} must be at least {least}")
+        if balance not in (None, *get_args(Balance)):
+            raise InputError(f"data.balance: '{balance}' is none of {', '.join(get_args(Balance))}")
         if not 0 <= mix3d <= 1:
             raise InputError(f"data.mix3d: {mix3d} is not a probability (0..1)")
         self.dataset = dataset
@@ -84,6 +92,7 @@ class PointDataModule(pl.LightningDataModule):
         self.val_batch_size = val_batch_size
         self.num_workers = num_workers
         self.repeat = repeat
+        self.balance = balance
         self.mix3d = mix3d
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         if root is not None:
@@ -164,7 +173,8 @@ class PointDataModule(pl.LightningDataModule):
     ) -> CloudLoader:
         samples = self.samples(split)
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        sampler = CloudSampler(samples, shuffle, self.seed, repeat, rank, world_size)
+        weights = self._train_weights() if shuffle else None
+        sampler = CloudSampler(samples, shuffle, self.seed, repeat, rank, world_size, weights)
         return CloudLoader(
             samples,
             sampler=sampler,
@@ -183,32 +193,33 @@ class PointDataModule(pl.LightningDataModule):
 
     # Class statistics ------------------------------------------------------------------------------------------------
 
-    def class_counts(self) -> list[int]:
-        """Labelled points per class over the training clouds (kept in the cache)."""
+    def cloud_counts(self) -> Tensor:
+        """``(C, K + 1)`` int64 points of every training cloud: of each class, and of none (kept in the cache)."""
         samples = self.samples("train")
 
-        def count() -> list[int]:
-            counts = torch.zeros(self.num_classes, dtype=torch.int64)
-            for index in range(len(samples)):
-                segment = samples.cloud(index).get("segment")
-                counts += torch.bincount(segment[segment != IGNORE], minlength=self.num_classes)
-            return counts.tolist()
+        def count() -> list[list[int]]:
+            segments = (samples.cloud(index).get("segment") for index in range(len(samples)))
+            classes = (torch.where(segment == IGNORE, self.num_classes, segment) for segment in segments)
+            return [each.bincount(minlength=self.num_classes + 1).tolist() for each in classes]
 
         if self.cache is None:
-            return count()
+            return torch.tensor(count())
         keys = [samples.key(index) for index in range(len(samples))]
-        return self.cache.value(("class counts", self.class_names, keys), count)
+        return torch.tensor(self.cache.value(("class counts of clouds", self.class_names, keys), count))
 
-    def class_weights(self, power: float = 0.5) -> list[float]:
-        """Weights for a loss: ``frequency ** -power``, mean 1 over the classes that occur; absent classes get 0.
+    def class_counts(self, unit: Unit = "points") -> Tensor:
+        """``(K,)`` int64 labelled points per class over the training clouds, or clouds that have some."""
+        counts = self.cloud_counts()[:, :-1]
+        return (counts if unit == "points" else counts > 0).sum(0)
 
-        Args:
-            power: 1 = inverse frequency, 0.5 = inverse square root.
-        """
-        counts = torch.tensor(self.class_counts(), dtype=torch.float64)
-        present = counts > 0
-        weights = torch.where(present, counts.clamp(min=1) ** -power, 0.0)
-        return (weights / weights[present].mean()).tolist()
+    def _train_weights(self) -> Tensor | None:
+        """``(C,)`` shares of the training clouds in the draws, None for all alike."""
+        if self.balance is None:
+            return None
+        if self.balance == "scenes":
+            return scene_balance([self.dataset.group("train", i) for i in range(self.dataset.size("train"))])
+        counts = self.cloud_counts()
+        return class_balance(counts[:, :-1]) if self.balance == "classes" else counts.sum(1).double()
 
 
 class CloudSamples(Dataset[Sample]):
@@ -353,7 +364,8 @@ class CloudLoader(DataLoader[Any]):
     def state_dict(self) -> dict[str, Any]:
         """What the order of batches depends on; kept in checkpoints to compare at a resume."""
         length = len(self.sampler) if isinstance(self.sampler, Sized) else None
-        return {"batch_size": self.batch_size, "samples": length, "seed": getattr(self.sampler, "seed", None)}
+        seed, weights = getattr(self.sampler, "seed", None), getattr(self.sampler, "weights", None)
+        return {"batch_size": self.batch_size, "samples": length, "seed": seed, "balanced": weights is not None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         now = self.state_dict()

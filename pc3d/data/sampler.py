@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
+
+from pc3d.errors import InputError
+
+Balance = Literal["classes", "points", "scenes"]
 
 
 class Draw(NamedTuple):
@@ -30,9 +36,10 @@ class CloudSampler(DistributedSampler[Draw]):
     """Draws of one rank, epoch by epoch.
 
     In training every epoch is ``repeat`` passes over the clouds, each pass a new permutation, so that every cloud comes
-    equally often. A ``DistributedSampler``, because Lightning leaves those alone; rank ``r`` of ``W`` gets positions
-    ``r, r + W, ...``. All ranks get the same number: a training epoch loses its last few draws, an evaluation gets
-    padding draws.
+    equally often. With ``weights`` a pass has as many draws, and each cloud comes its share of them, rounded up or down
+    (systematic sampling). A ``DistributedSampler``, because Lightning leaves those alone; rank ``r`` of ``W`` gets
+    positions ``r, r + W, ...``. All ranks get the same number: a training epoch loses its last few draws, an evaluation
+    gets padding draws.
 
     Args:
         dataset: anything with a length: the clouds of the split.
@@ -41,14 +48,23 @@ class CloudSampler(DistributedSampler[Draw]):
         repeat: passes per epoch.
         rank: of this process.
         world_size: number of processes.
+        weights: ``(clouds,)`` shares of the draws of training, of any sum; None = all alike.
     """
 
     def __init__(
-        self, dataset: Dataset[Any], shuffle: bool, seed: int = 0, repeat: int = 1, rank: int = 0, world_size: int = 1
+        self,
+        dataset: Dataset[Any],
+        shuffle: bool,
+        seed: int = 0,
+        repeat: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        weights: Tensor | None = None,
     ) -> None:
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
         self.clouds = len(dataset)  # type: ignore[arg-type]
         self.repeat = repeat
+        self.weights = weights
         self.skip = 0  # draws of this rank that a run had behind it before it was resumed
 
     def __len__(self) -> int:
@@ -66,7 +82,37 @@ class CloudSampler(DistributedSampler[Draw]):
         if not self.shuffle:
             return list(range(self.clouds)) * self.repeat
         passes = [generator_of(self.seed, "order", self.epoch, i) for i in range(self.repeat)]
-        return [cloud for generator in passes for cloud in torch.randperm(self.clouds, generator=generator).tolist()]
+        return [cloud for generator in passes for cloud in self._pass(generator).tolist()]
+
+    def _pass(self, generator: torch.Generator) -> Tensor:
+        order = torch.randperm(self.clouds, generator=generator)
+        if self.weights is None:
+            return order
+        ends = self.weights[order].double().cumsum(0)
+        start = torch.rand(1, generator=generator, dtype=torch.float64)
+        places = (torch.arange(self.clouds) + start) * (ends[-1] / self.clouds)
+        drawn = order[torch.searchsorted(ends, places, right=True).clamp(max=self.clouds - 1)]
+        return drawn[torch.randperm(self.clouds, generator=generator)]
+
+
+def class_balance(counts: Tensor) -> Tensor:
+    """``(C,)`` float64 weights of clouds with ``(C, K)`` labelled points per class: every class is drawn equally often.
+
+    A cloud without labels is never drawn.
+
+    Raises:
+        InputError: if no cloud has a label.
+    """
+    total = counts.sum(0)
+    if not bool(total.any()):
+        raise InputError("data.balance: classes: no training cloud has labels")
+    return (counts.double() / total.clamp(min=1)).sum(1)
+
+
+def scene_balance(scenes: Sequence[str]) -> Tensor:
+    """``(C,)`` float64 weights of clouds by the scene that each belongs to: every scene is drawn equally often."""
+    scans = Counter(scenes)
+    return torch.tensor([1 / scans[scene] for scene in scenes], dtype=torch.float64)
 
 
 def generator_of(*key: int | str) -> torch.Generator:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pc3d.config import Configurable
 from pc3d.errors import InputError
+from pc3d.losses.weighting import ClassWeighting
 
 
 class Loss(nn.Module, Configurable, ABC):
@@ -66,6 +67,37 @@ class Loss(nn.Module, Configurable, ABC):
             )
 
 
+class WeightedLoss(Loss):
+    """A loss with a factor per class, given or made of the training clouds' class counts.
+
+    Args:
+        loss_weight, ignore_index: see :class:`Loss`.
+        weight: one factor per class; or how to make them, which a task does when training starts.
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self, loss_weight: float = 1.0, ignore_index: int = -1, weight: list[float] | ClassWeighting | None = None
+    ) -> None:
+        super().__init__(loss_weight, ignore_index)
+        self.weighting = weight if isinstance(weight, ClassWeighting) else None
+        given = torch.tensor(weight, dtype=torch.float32) if isinstance(weight, list) else None
+        self.register_buffer("weight", given, persistent=False)
+
+    def class_weights(self, num_classes: int) -> Tensor | None:
+        """``(num_classes,)`` factors, None without.
+
+        Raises:
+            InputError: if there is another number of them, or none was made yet.
+        """
+        if self.weight is None and self.weighting is not None:
+            raise InputError(f"{type(self).__name__}: the weights of '{self.weighting.scheme}' need training clouds")
+        if self.weight is not None and len(self.weight) != num_classes:
+            raise InputError(f"{len(self.weight)} class weights for {num_classes} classes")
+        return self.weight
+
+
 class FeatureLoss(nn.Module, Configurable, ABC):
     """``loss_weight`` times a scalar of point features, used while training only.
 
@@ -98,14 +130,3 @@ class FeatureLoss(nn.Module, Configurable, ABC):
     @abstractmethod
     def compute(self, features: Tensor, target: Tensor, prediction: Tensor) -> Tensor:
         """The loss before ``loss_weight``."""
-
-
-def class_weights(weight: list[float] | None) -> Tensor | None:
-    """Class weights as a float32 tensor."""
-    return None if weight is None else torch.tensor(weight, dtype=torch.float32)
-
-
-def check_class_weights(weight: Tensor | None, num_classes: int) -> None:
-    """Raises InputError unless there is one weight per class (or none at all)."""
-    if weight is not None and len(weight) != num_classes:
-        raise InputError(f"{len(weight)} class weights for {num_classes} classes")

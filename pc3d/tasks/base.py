@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pc3d.config import Configurable
 from pc3d.data.pipeline import Pipeline
 from pc3d.errors import InputError
-from pc3d.losses import CrossEntropy, Loss
+from pc3d.losses import CrossEntropy, Loss, WeightedLoss
 from pc3d.metrics import SegmentationMetrics
 from pc3d.nn.backbone import Backbone
 from pc3d.points import Points
@@ -212,6 +212,15 @@ class ClassTask(PointTask):
         self.train_metrics = self.metrics_class(len(class_names))
         self.val_metrics = self.metrics_class(len(class_names))
         self.test_metrics = self.metrics_class(len(class_names))
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        data = getattr(self.trainer, "datamodule", None)
+        for criterion in self.criteria:
+            if stage in ("fit", "validate") and isinstance(criterion, WeightedLoss) and criterion.weighting:
+                if data is None:
+                    raise InputError("class weights made of the training clouds need a PointDataModule")
+                criterion.weight = criterion.weighting.weights(data.class_counts(criterion.weighting.unit))
 
     def _loss(self, logits: Tensor, target: Tensor, stage: str, points: Points) -> Tensor:
         """Sum of the criteria, logged."""

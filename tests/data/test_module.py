@@ -296,23 +296,53 @@ def test_without_a_cache_nothing_is_written(tmp_path: Path, monkeypatch: pytest.
     assert not (tmp_path / "cache").exists()
 
 
-def test_class_weights(tmp_path: Path) -> None:
+def test_class_counts_are_taken_once(tmp_path: Path) -> None:
     data = make(tmp_path)
-    segments = torch.cat([Blobs().load("train", i).get("segment") for i in range(7)])
-    low, high = (segments == 0).sum().item(), (segments == 1).sum().item()
-    assert data.class_counts() == [low, high]
-    inverse, root = data.class_weights(power=1), data.class_weights(power=0.5)
-    assert inverse[0] / inverse[1] == pytest.approx(high / low)
-    assert root[0] / root[1] == pytest.approx((high / low) ** 0.5)
-    assert sum(inverse) == pytest.approx(2)
+    segments = [Blobs().load("train", i).get("segment") for i in range(7)]
+    expected = [[int((s == 0).sum()), int((s == 1).sum()), 0] for s in segments]
+    assert data.cloud_counts().tolist() == expected
+    assert data.class_counts().tolist() == [sum(row[k] for row in expected) for k in (0, 1)]
+    assert data.class_counts("clouds").tolist() == [7, 7]
+    again = Blobs()
+    assert make(tmp_path, again).cloud_counts().tolist() == expected
+    assert again.loads == 0
+    assert make(tmp_path, cache=False).cloud_counts().tolist() == expected
 
 
-def test_a_class_that_never_occurs_gets_no_weight(tmp_path: Path) -> None:
-    dataset = Blobs()
-    dataset.class_names = ["low", "high", "none"]
-    weights = make(tmp_path, dataset).class_weights()
-    assert weights[2] == 0
-    assert weights[0] + weights[1] == pytest.approx(2)
+class Uneven(Blobs):
+    """Cloud 0 alone holds class 1; clouds 1 and up show one place."""
+
+    def load(self, split: Split, index: int) -> Points:
+        cloud = super().load(split, index)
+        return cloud.with_attrs(segment=torch.full((cloud.num_points,), int(index == 0)))
+
+    def group(self, split: Split, index: int) -> str:
+        return "alone" if index == 0 else "together"
+
+
+@pytest.mark.parametrize(
+    ("balance", "share"), [("classes", 1 / 2), ("scenes", 1 / 2), ("points", 20 / 63), (None, 1 / 3)]
+)
+def test_balanced_draws(tmp_path: Path, balance: str | None, share: float) -> None:
+    data = make(tmp_path, Uneven(train=3), balance=balance, repeat=100)
+    sampler = data.train_dataloader().sampler
+    drawn = [draw.cloud for draw in sampler]
+    assert len(drawn) == 300
+    assert drawn.count(0) == pytest.approx(300 * share, abs=20)
+    assert drawn.count(1) == pytest.approx(drawn.count(2), abs=25)
+    assert data.train_dataloader().state_dict()["balanced"] is (balance is not None)
+
+
+def test_balance_needs_labels(tmp_path: Path) -> None:
+    class Unlabelled(Blobs):
+        def load(self, split: Split, index: int) -> Points:
+            cloud = super().load(split, index)
+            return cloud.with_attrs(segment=torch.full((cloud.num_points,), -1))
+
+    with pytest.raises(InputError, match="no training cloud has labels"):
+        make(tmp_path, Unlabelled(), balance="classes").train_dataloader()
+    with pytest.raises(InputError, match=r"data\.balance: 'class' is none of"):
+        make(tmp_path, balance="class")
 
 
 # Bad input -----------------------------------------------------------------------------------------------------------

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pc3d.data.sampler import CloudSampler, Draw, generator_of
+from pc3d.data.sampler import CloudSampler, Draw, class_balance, generator_of, scene_balance
 
 
-def draws(clouds: int, shuffle: bool = True, epoch: int = 0, skip: int = 0, **options: int) -> list[Draw]:
+def draws(clouds: int, shuffle: bool = True, epoch: int = 0, skip: int = 0, **options: Any) -> list[Draw]:
     sampler = CloudSampler(range(clouds), shuffle, **options)  # type: ignore[arg-type]
     sampler.set_epoch(epoch)
     sampler.skip = skip
@@ -91,3 +92,34 @@ def test_the_seed_of_a_generator_never_changes() -> None:
 def test_a_set_smaller_than_the_number_of_ranks(world: int) -> None:
     order = [numbers(1, rank=rank, world_size=world) for rank in range(world)]
     assert order == [[0]] * world
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from([0.0, 0.5, 1.0, 3.0, 1e-9, 1e9]), min_size=1, max_size=20), st.integers(0, 10**6))
+def test_every_cloud_comes_its_share_of_a_pass(weights: list[float], seed: int) -> None:
+    count, total = len(weights), sum(weights)
+    if total == 0:
+        return
+    order = numbers(count, seed=seed, weights=torch.tensor(weights))
+    assert len(order) == count
+    found = Counter(order)
+    for cloud, weight in enumerate(weights):
+        share = count * weight / total
+        assert int(share - 1e-6) <= found[cloud] <= int(share + 1e-6) + 1
+        assert weight or not found[cloud]
+
+
+def test_weighted_order_depends_on_seed_and_epoch_alone_and_is_shared_by_ranks() -> None:
+    weights = torch.rand(40, generator=torch.Generator().manual_seed(0))
+    whole = numbers(40, epoch=2, repeat=2, weights=weights)
+    assert whole == numbers(40, epoch=2, repeat=2, weights=weights) != numbers(40, epoch=3, repeat=2, weights=weights)
+    ranks = [numbers(40, epoch=2, repeat=2, weights=weights, rank=r, world_size=2) for r in range(2)]
+    assert [cloud for pair in zip(*ranks, strict=True) for cloud in pair] == whole
+    assert numbers(40, epoch=2, repeat=2, weights=weights, skip=13) == whole[13:]
+    assert numbers(40, shuffle=False, weights=weights) == list(range(40))
+
+
+def test_weights_of_classes_and_scenes() -> None:
+    counts = torch.tensor([[90, 0, 0], [10, 5, 0], [0, 0, 0], [0, 15, 0]])
+    torch.testing.assert_close(class_balance(counts), torch.tensor([0.9, 0.35, 0, 0.75], dtype=torch.float64))
+    assert scene_balance(["a", "b", "b", "b"]).tolist() == [1, 1 / 3, 1 / 3, 1 / 3]
