@@ -1,4 +1,4 @@
-// Selective scan on the CPU: streams of segments, the parallel loops around the kernels, and the Python functions.
+// Selective scan and causal convolution on the CPU: streams of segments, the parallel loops around the kernels, and the Python functions.
 //
 // The segments (clouds) are dealt, in order, to at most kStreams streams of about equal length; a stream is walked tile by
 // tile, forward with the state in registers, backward with the gradient of the state handed from tile to tile. Streams and
@@ -280,6 +280,78 @@ void scan_backward(Floats<2> grad_y, Maybe<3> grad_last, Floats<2> u, Floats<2> 
   }
 }
 
+// Convolution: stretches of tokens, as many as the input asks for and not the threads; each sums its own gradients.
+
+constexpr int64_t kStretches = 64;
+
+struct Stretch {
+  int64_t begin, end, segment;
+};
+std::vector<Stretch> stretches(const Walk &walk, int64_t tokens) {
+  const int64_t length = std::max(kConvTile, (tokens + kStretches - 1) / kStretches);
+  std::vector<Stretch> all;
+  int64_t segment = 0;
+  for (int64_t begin = 0; begin < tokens; begin += length) {
+    while (walk.borders[segment + 1] <= begin) ++segment;
+    all.push_back({begin, std::min(begin + length, tokens), segment});
+  }
+  return all;
+}
+
+Conv describe_conv(Floats<2> x, Floats<2> weight, const Maybe<1> &bias, bool silu, bool reverse, const Walk &walk) {
+  Conv conv{};
+  conv.tokens = x.shape(0), conv.channels = x.shape(1), conv.width = weight.shape(0);
+  if (conv.width < 1 || static_cast<int64_t>(weight.shape(1)) != conv.channels || (bias && !has_shape(*bias, {conv.channels})))
+    throw std::invalid_argument("the tensors of the convolution do not fit each other");
+  conv.x = x.data(), conv.weight = weight.data(), conv.bias = data(bias);
+  conv.silu = silu, conv.reverse = reverse, conv.borders = walk.borders.data();
+  return conv;
+}
+
+void conv1d_forward(Floats<2> x, Floats<2> weight, Maybe<1> bias, Array<const int64_t, 1> offsets, bool silu, bool reverse,
+                    Array<float, 2> y, const std::string &isa) {
+  const ScanKernels &kernels = find_kernels(isa);
+  const Walk walk(offsets.data(), static_cast<int64_t>(offsets.shape(0)) - 1, x.shape(0), reverse);
+  Conv conv = describe_conv(x, weight, bias, silu, reverse, walk);
+  if (!has_shape(y, {conv.tokens, conv.channels})) throw std::invalid_argument("the result of the convolution does not fit its input");
+  conv.y = y.data();
+  nb::gil_scoped_release release;
+  const std::vector<Stretch> all = stretches(walk, conv.tokens);
+  parallel_tasks(static_cast<int64_t>(all.size()), [&](int64_t i) {
+    const FlushDenormals flush;
+    kernels.conv_forward(conv, all[i].begin, all[i].end, all[i].segment);
+  });
+}
+
+void conv1d_backward(Floats<2> grad_y, Floats<2> x, Floats<2> weight, Maybe<1> bias, Array<const int64_t, 1> offsets, bool silu,
+                     bool reverse, Array<float, 2> grad_x, Array<float, 2> grad_weight, Array<float, 1> grad_bias,
+                     const std::string &isa) {
+  const ScanKernels &kernels = find_kernels(isa);
+  const Walk walk(offsets.data(), static_cast<int64_t>(offsets.shape(0)) - 1, x.shape(0), reverse);
+  Conv conv = describe_conv(x, weight, bias, silu, reverse, walk);
+  if (!has_shape(grad_y, {conv.tokens, conv.channels}) || !has_shape(grad_x, {conv.tokens, conv.channels}) ||
+      !has_shape(grad_weight, {conv.width, conv.channels}) || !has_shape(grad_bias, {conv.channels}))
+    throw std::invalid_argument("the gradients of the convolution do not fit its inputs");
+  conv.grad_y = grad_y.data(), conv.grad_x = grad_x.data();
+  nb::gil_scoped_release release;
+  const std::vector<Stretch> all = stretches(walk, conv.tokens);
+  const int64_t count = static_cast<int64_t>(all.size()), size = (conv.width + 1) * conv.channels;
+  std::vector<float> sums(count * size), total(size);
+  parallel_tasks(count, [&](int64_t i) {
+    const FlushDenormals flush;
+    thread_local std::vector<float> space;
+    space.resize((kConvTile + conv.width - 1) * conv.channels);
+    int64_t segment = all[i].segment;
+    for (int64_t begin = all[i].begin; begin < all[i].end; begin += kConvTile) {
+      while (walk.borders[segment + 1] <= begin) ++segment;
+      kernels.conv_backward(conv, begin, std::min(begin + kConvTile, all[i].end), segment, sums.data() + i * size, space.data());
+    }
+  });
+  add_streams(sums, size, total.data());
+  std::copy(total.begin(), total.end() - conv.channels, grad_weight.data());
+  std::copy(total.end() - conv.channels, total.end(), grad_bias.data());
+}
+
 std::vector<std::string> scan_isas() {
   std::vector<std::string> names;
   for (const ScanKernels *kernels : usable_kernels()) names.emplace_back(kernels->name);
@@ -301,6 +373,12 @@ void register_scan(nb::module_ &m) {
         nb::arg("reverse"), nb::arg("grad_u"), nb::arg("grad_delta"), nb::arg("grad_a"), nb::arg("grad_b"), nb::arg("grad_c"),
         nb::arg("grad_skip"), nb::arg("grad_bias"), nb::arg("grad_z").none(), nb::arg("grad_initial").none(), nb::arg("isa") = "",
         "Gradients of scan_forward; `grad_initial` of segments without tokens is left alone.");
+  m.def("conv1d_forward", &conv1d_forward, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("offsets"),
+        nb::arg("silu"), nb::arg("reverse"), nb::arg("y"), nb::arg("isa") = "",
+        "Causal depth-wise convolution of packed float32 tokens; weight (width, channels), the last row for the token itself.");
+  m.def("conv1d_backward", &conv1d_backward, nb::arg("grad_y"), nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(),
+        nb::arg("offsets"), nb::arg("silu"), nb::arg("reverse"), nb::arg("grad_x"), nb::arg("grad_weight"), nb::arg("grad_bias"),
+        nb::arg("isa") = "", "Gradients of conv1d_forward.");
 }
 
 }  // namespace pc3d

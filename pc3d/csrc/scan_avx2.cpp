@@ -8,7 +8,7 @@
 
 const pc3d::ScanKernels *pc3d::scan_kernels_avx2() {
   using namespace scan_avx2;
-  static const ScanKernels kernels{"avx2", kWidth, &forward, &backward, &backward_space};
+  static const ScanKernels kernels{"avx2", kWidth, &forward, &backward, &backward_space, &conv_forward, &conv_backward};
   return &kernels;
 }
 #else

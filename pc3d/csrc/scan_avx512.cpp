@@ -8,7 +8,7 @@
 
 const pc3d::ScanKernels *pc3d::scan_kernels_avx512() {
   using namespace scan_avx512;
-  static const ScanKernels kernels{"avx512", kWidth, &forward, &backward, &backward_space};
+  static const ScanKernels kernels{"avx512", kWidth, &forward, &backward, &backward_space, &conv_forward, &conv_backward};
   return &kernels;
 }
 #else

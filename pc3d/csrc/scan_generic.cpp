@@ -7,6 +7,6 @@
 
 const pc3d::ScanKernels *pc3d::scan_kernels_generic() {
   using namespace scan_generic;
-  static const ScanKernels kernels{"generic", kWidth, &forward, &backward, &backward_space};
+  static const ScanKernels kernels{"generic", kWidth, &forward, &backward, &backward_space, &conv_forward, &conv_backward};
   return &kernels;
 }

@@ -35,6 +35,22 @@ struct Scan {
   int64_t row(int64_t token) const { return reverse ? tokens - 1 - token : token; }
 };
 
+constexpr int64_t kConvTile = 64;  // tokens whose gradients before the activation are held at a time
+
+// A causal depth-wise convolution; tokens are numbered along the walk, as above.
+struct Conv {
+  int64_t tokens, channels, width;
+  const float *x, *weight, *bias;  // (tokens, channels), (width, channels), (channels) or null
+  bool silu, reverse;
+  const int64_t *borders;          // walk order: first token of each segment that has any, and the end
+  float *y;
+
+  const float *grad_y;  // backward
+  float *grad_x;
+
+  int64_t row(int64_t token) const { return reverse ? tokens - 1 - token : token; }
+};
+
 struct ScanKernels {
   const char *name;
   int64_t width;  // channels of a register
@@ -45,6 +61,11 @@ struct ScanKernels {
   void (*backward)(const Scan &scan, const ScanTile &tile, const float *saved, int64_t stream, int64_t first, int64_t last,
                    float *pairs, float *space);
   int64_t (*backward_space)(int64_t state);
+  // Tokens [begin, end), the first of them in `segment`.
+  void (*conv_forward)(const Conv &conv, int64_t begin, int64_t end, int64_t segment);
+  // The same, at most kConvTile of them. Adds the gradients of weight and bias to `sums` (width + 1, channels); `space`
+  // holds (kConvTile + width - 1) * channels floats.
+  void (*conv_backward)(const Conv &conv, int64_t begin, int64_t end, int64_t segment, float *sums, float *space);
 };
 
 const ScanKernels *scan_kernels_generic();

@@ -1,4 +1,4 @@
-// Selective scan, written once with vector extensions: a register holds one value of several channels, the states of a
+// Selective scan and causal convolution, written once with vector extensions: a register holds one value of several channels, the states of a
 // channel follow each other in memory. A file that includes this defines PC3D_ISA (a namespace name) and PC3D_WIDTH first.
 // Only headers without inline functions are included: the linker could otherwise keep a copy compiled for a CPU we are not on.
 //
@@ -308,6 +308,68 @@ void backward(const Scan &scan, const ScanTile &tile, const float *saved, int64_
   const auto run = scan.groups ? (scan.scalar_a ? &backward_tile<true, true> : &backward_tile<true, false>)
                                : (scan.scalar_a ? &backward_tile<false, true> : &backward_tile<false, false>);
   run(scan, tile, saved, stream, first, last, pairs, space);
+}
+
+// Convolution: tokens outside, channels inside, so that a row stays in the cache while `width` tokens read it.
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline Vec convolve(const Conv &conv, int64_t token, int64_t taps, int64_t channel, int64_t lanes) {
+  Vec y = conv.bias ? load(conv.bias + channel, lanes) : Vec{};
+  for (int64_t back = 0; back < taps; ++back)
+    y += load(conv.weight + (conv.width - 1 - back) * conv.channels + channel, lanes) *
+         load(conv.x + conv.row(token - back) * conv.channels + channel, lanes);
+  return y;
+}
+
+void conv_forward(const Conv &conv, int64_t begin, int64_t end, int64_t segment) {
+  for (int64_t token = begin; token < end; ++token) {
+    if (token == conv.borders[segment + 1]) ++segment;
+    const int64_t taps = smaller(conv.width, token - conv.borders[segment] + 1);
+    float *y = conv.y + conv.row(token) * conv.channels;
+    for (int64_t d = 0; d < conv.channels; d += kWidth) {
+      const int64_t lanes = smaller(kWidth, conv.channels - d);
+      const Vec v = convolve(conv, token, taps, d, lanes);
+      store(y + d, conv.silu ? v * sigmoid(v) : v, lanes);
+    }
+  }
+}
+
+void conv_backward(const Conv &conv, int64_t begin, int64_t end, int64_t segment, float *sums, float *space) {
+  const int64_t channels = conv.channels, width = conv.width;
+  int64_t here = segment;
+  // `space` takes the gradients before the activation, of the tokens that the last ones reach in their segment too.
+  for (int64_t token = begin; token < smaller(end + width - 1, conv.tokens); ++token) {
+    if (token == conv.borders[here + 1]) {
+      if (token >= end) break;
+      ++here;
+    }
+    const int64_t row = conv.row(token), taps = smaller(width, token - conv.borders[here] + 1);
+    for (int64_t d = 0; d < channels; d += kWidth) {
+      const int64_t lanes = smaller(kWidth, channels - d);
+      Vec g = load(conv.grad_y + row * channels + d, lanes);
+      if (conv.silu) {
+        const Vec v = convolve(conv, token, taps, d, lanes), gate = sigmoid(v);
+        g *= gate * (1.0f + v * (1.0f - gate));
+      }
+      store(space + (token - begin) * channels + d, g, lanes);
+      if (token >= end) continue;
+      for (int64_t back = 0; back < taps; ++back)
+        add(sums + (width - 1 - back) * channels + d, g * load(conv.x + conv.row(token - back) * channels + d, lanes), lanes);
+      add(sums + width * channels + d, g, lanes);
+    }
+  }
+  for (int64_t token = begin; token < end; ++token) {
+    if (token == conv.borders[segment + 1]) ++segment;
+    const int64_t ahead = smaller(width, conv.borders[segment + 1] - token);
+    for (int64_t d = 0; d < channels; d += kWidth) {
+      const int64_t lanes = smaller(kWidth, channels - d);
+      Vec g{};
+      for (int64_t k = 0; k < ahead; ++k)
+        g += load(conv.weight + (width - 1 - k) * channels + d, lanes) * load(space + (token + k - begin) * channels + d, lanes);
+      store(conv.grad_x + conv.row(token) * channels + d, g, lanes);
+    }
+  }
 }
 
 }  // namespace PC3D_ISA

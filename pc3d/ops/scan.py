@@ -162,21 +162,29 @@ def causal_conv1d(
     if x.ndim != 2 or weight.ndim != 2 or len(weight) != x.shape[1]:
         raise ValueError(f"x (T, channels) {tuple(x.shape)} does not fit weight (channels, W) {tuple(weight.shape)}")
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    width = weight.shape[1]
-    rows = x.to(wide)
-    taps = weight.to(wide)
-    place = _place_in_cloud(offsets, len(x), reverse)
-    y = rows * taps[:, -1] if bias is None else torch.addcmul(bias.to(wide), rows, taps[:, -1])
-    for back in range(1, min(width, len(x))):
-        shifted = rows.roll(-back if reverse else back, 0) * (place >= back)[:, None]
-        y = torch.addcmul(y, shifted, taps[:, width - 1 - back])
-    return (F.silu(y) if silu else y).to(x.dtype)
+    rows, taps, shift = x.to(wide), weight.to(wide), None if bias is None else bias.to(wide)
+    if wide == torch.float32 and on_cpu_kernels(x, offsets):
+        y = _conv(rows, taps.t(), shift, offsets, silu, reverse)
+    else:
+        y = _conv_reference(rows, taps, shift, offsets, reverse)
+        y = F.silu(y) if silu else y
+    return y.to(x.dtype)
 
 
 def _triton_serves(B: Tensor, C: Tensor) -> bool:
     from pc3d.ops import scan_triton
 
     return scan_triton.serves(B, C)
+
+
+def _conv_reference(rows: Tensor, taps: Tensor, bias: Tensor | None, offsets: Tensor, reverse: bool) -> Tensor:
+    """Tap after tap over all tokens at once; any device, any dtype."""
+    place, width = _place_in_cloud(offsets, len(rows), reverse), taps.shape[1]
+    y = rows * taps[:, -1] if bias is None else torch.addcmul(bias, rows, taps[:, -1])
+    for back in range(1, min(width, len(rows))):
+        shifted = rows.roll(-back if reverse else back, 0) * (place >= back)[:, None]
+        y = torch.addcmul(y, shifted, taps[:, width - 1 - back])
+    return y
 
 
 def _place_in_cloud(offsets: Tensor, tokens: int, reverse: bool) -> Tensor:
@@ -272,11 +280,11 @@ def _scan_backward(
 ) -> list[Tensor]:
     """Gradients of the nine inputs; an empty tensor for one that is None."""
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    grads = [None if t is None else torch.zeros_like(t, memory_format=torch.contiguous_format) for t in inputs]
+    grads = [None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
     du, ddelta, da, db, dc, dskip, dz, dbias, dinitial = grads
-    if dinitial is not None and grad_last is not None:  # an empty cloud hands its gradient through
-        dinitial.copy_(grad_last)
-    skip, bias = (u.new_zeros(u.shape[1]) if g is None else g for g in (dskip, dbias))
+    if dinitial is not None:  # an empty cloud hands its gradient through
+        dinitial.zero_() if grad_last is None else dinitial.copy_(grad_last)
+    skip, bias = (u.new_empty(u.shape[1]) if g is None else g for g in (dskip, dbias))
     pairs = [t[None] if t is not None and t.ndim == 2 else t for t in (db, dc)]
     upstream = [None if t is None else t.detach().contiguous() for t in (grad, grad_last)]
     _kernels(u).scan_backward(
@@ -295,8 +303,12 @@ def _kernels(u: Tensor) -> ModuleType:
 
 def _for_kernels(inputs: tuple[Tensor | None, ...]) -> list[Tensor | None]:
     """Plain contiguous tensors; coefficients that do not depend on the token get a first axis of one."""
-    plain = [None if t is None else t.detach().contiguous() for t in inputs]
+    plain = _plain(*inputs)
     return [t[None] if i in (3, 4) and t is not None and t.ndim == 2 else t for i, t in enumerate(plain)]
+
+
+def _plain(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.detach().contiguous() for t in tensors]
 
 
 def _states(u: Tensor, B: Tensor) -> tuple[int, int]:
@@ -360,6 +372,55 @@ def _backward(ctx: Any, grad: Tensor | None, grad_last: Tensor | None, _: Tensor
 
 
 _scan.register_autograd(_backward, setup_context=_setup)
+
+
+@torch.library.custom_op("pc3d::causal_conv1d", mutates_args=())
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, silu: bool, reverse: bool) -> Tensor:
+    """``weight`` is ``(W, channels)``."""
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _kernels(x).conv1d_forward(*_plain(x, weight, bias), offsets, silu, reverse, y)
+    return y
+
+
+@torch.library.custom_op("pc3d::causal_conv1d_backward", mutates_args=())
+def _conv_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, silu: bool, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias; that of a missing bias too."""
+    dx, dweight, dbias = _conv_results(x, weight)
+    _kernels(x).conv1d_backward(*_plain(grad, x, weight, bias), offsets, silu, reverse, dx, dweight, dbias)
+    return dx, dweight, dbias
+
+
+def _conv_results(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dweight = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weight))
+    return dx, dweight, x.new_empty(x.shape[1])
+
+
+@_conv.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, silu: bool, reverse: bool) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@_conv_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, silu: bool, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _conv_results(x, weight)
+
+
+def _setup_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.silu, ctx.reverse = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_conv(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, offsets = ctx.saved_tensors
+    dx, dweight, dbias = _conv_backward(grad, x, weight, bias, offsets, ctx.silu, ctx.reverse)
+    return dx, dweight, None if bias is None else dbias, None, None, None
+
+
+_conv.register_autograd(_differentiate_conv, setup_context=_setup_conv)
 
 
 def _reference(

@@ -249,27 +249,82 @@ def test_ssd_equals_a_loop_over_tokens(backend: str) -> None:
         _close(last[cloud], h, 1e-5)
 
 
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, silu: bool, reverse: bool) -> Tensor:
+    """Cloud after cloud with torch's convolution."""
+    parts = [x[:0]]
+    for start, end in itertools.pairwise(offsets):
+        cloud = x[start:end].flip(0) if reverse else x[start:end]
+        width, channels = weight.shape[1], len(weight)
+        y = F.conv1d(F.pad(cloud.T, (width - 1, 0)), weight[:, None], bias, groups=channels).T if len(cloud) else cloud
+        parts.append(y.flip(0) if reverse else y)
+    return F.silu(torch.cat(parts)) if silu else torch.cat(parts)
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("width", [1, 3, 4])
 @pytest.mark.parametrize("counts", CLOUDS.values(), ids=CLOUDS)
-def test_causal_convolution_equals_torch(counts: list[int], width: int, silu: bool, reverse: bool) -> None:
-    generator = torch.Generator().manual_seed(2)
-    x, weight, bias = (
-        torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((sum(counts), 5), (5, width), (5,))
-    )
-    leaves = [t.requires_grad_() for t in (x, weight, bias)]
-    offsets = _offsets(counts)
-    parts = [x[:0]]
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_causal_convolution_equals_torch(
+    backend: str, counts: list[int], width: int, silu: bool, reverse: bool
+) -> None:
+    generator, channels = torch.Generator().manual_seed(2), 11
+    shapes = (sum(counts), channels), (channels, width), (channels,)
+    leaves = [torch.randn(*s, generator=generator).requires_grad_() for s in shapes]
+    leaves = leaves[: 2 + silu]  # without a bias too
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    arguments: list[Any] = [None] * (3 - len(leaves)) + [_offsets(counts), silu, reverse]
+    expected = _convolve(*exact, *arguments)
+    with use_backend(backend):  # type: ignore[arg-type]
+        actual = causal_conv1d(*leaves, *arguments)
+        upstream = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+        found = torch.autograd.grad(actual, leaves, upstream.float())
+    _close(actual, expected, 1e-6)
+    wanted = torch.autograd.grad(expected, exact, upstream, allow_unused=True, materialize_grads=True)
+    for a, e in zip(found, wanted, strict=True):
+        _close(a, e, 2e-6)
+
+
+@needs_kernels
+def test_convolution_is_exact_per_cloud_and_for_any_number_of_threads() -> None:
+    counts, generator = [900, 1, 0, 5000, 64], torch.Generator().manual_seed(4)
+    x, weight, bias = (torch.randn(*s, generator=generator).requires_grad_() for s in ((5965, 20), (20, 4), (20,)))
+    offsets, upstream, found = _offsets(counts), torch.randn(5965, 20, generator=generator), []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            y = causal_conv1d(x, weight, bias, offsets, silu=True)
+            found.append([y, *torch.autograd.grad(y, [x, weight, bias], upstream)])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
     for start, end in itertools.pairwise(offsets):
-        cloud = x[start:end].flip(0) if reverse else x[start:end]
-        y = F.conv1d(F.pad(cloud.T, (width - 1, 0)), weight[:, None], bias, groups=5).T if len(cloud) else cloud
-        parts.append(y.flip(0) if reverse else y)
-    expected = torch.cat(parts)
-    expected = F.silu(expected) if silu else expected
-    actual = causal_conv1d(*leaves, offsets, silu, reverse)  # type: ignore[call-arg, arg-type]
-    torch.testing.assert_close(actual, expected)
-    upstream = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
-    for a, e in zip(*(torch.autograd.grad(y, leaves, upstream, allow_unused=True, materialize_grads=True)
-                      for y in (actual, expected)), strict=True):  # fmt: skip
-        torch.testing.assert_close(a, e)
+        alone = causal_conv1d(x[start:end], weight, bias, _offsets([int(end - start)]), silu=True)
+        assert torch.equal(alone, found[0][0][start:end])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_convolution_of_halves_is_computed_in_float(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(4)
+    x, weight = (torch.randn(*s, generator=generator).to(dtype) for s in ((50, 6), (6, 4)))
+    y = causal_conv1d(x, weight, None, _offsets([20, 30]))
+    assert y.dtype == dtype
+    assert torch.equal(y, causal_conv1d(x.float(), weight.float(), None, _offsets([20, 30])).to(dtype))
+
+
+def test_convolution_gradcheck_in_double() -> None:
+    generator = torch.Generator().manual_seed(4)
+    leaves = [
+        torch.randn(*s, generator=generator, dtype=torch.float64).requires_grad_() for s in ((7, 2), (2, 3), (2,))
+    ]
+    assert torch.autograd.gradcheck(lambda *t: causal_conv1d(*t, _offsets([4, 0, 3]), True, True), leaves)
+
+
+@needs_kernels
+def test_convolution_compiles_without_a_graph_break() -> None:
+    x, weight, offsets = torch.randn(50, 6), torch.randn(6, 4), _offsets([20, 30])
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *t: causal_conv1d(*t, offsets, True), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x, weight, None), causal_conv1d(x, weight, None, offsets, True))
