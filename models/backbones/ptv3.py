@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
+from torch import nn
+
 from pc3d.errors import InputError
 from pc3d.nn.attention import Backend
-from pc3d.nn.norm import ConditionalNorm, PointBatchNorm, PointLayerNorm
+from pc3d.nn.norm import Condition, ConditionalNorm, PointBatchNorm, PointLayerNorm, check_default, condition_of
 from pc3d.nn.serialized import (
     ConvEmbedding,
     DeterministicOrders,
@@ -27,6 +29,7 @@ from pc3d.nn.serialized import (
     stages,
 )
 from pc3d.ops.serialize import CURVES, Curve
+from pc3d.points import Points
 
 
 class PTv3(SerializedUNet):
@@ -58,7 +61,9 @@ class PTv3(SerializedUNet):
             a fixed number makes Hilbert orders independent of the batch.
         pdnorm_conditions: datasets of a jointly trained network (PPT); the clouds of a batch name theirs in
             ``meta["condition"]``.
+        pdnorm_default: dataset of clouds that name none.
         pdnorm_bn, pdnorm_ln: which norms have one set of parameters per dataset.
+        pdnorm_adaptive: these norms are also modulated by a learned context of the dataset, of ``context_channels``.
         enc_mode: no decoder; ``forward`` gives the features of all encoder stages at each input point.
         upcast_levels: with ``enc_mode``, how many of the finer stages are joined to the deepest; None: all.
         mixer: "mamba" puts a bidirectional Mamba along the same orders in the place of windowed attention (our own
@@ -98,6 +103,9 @@ class PTv3(SerializedUNet):
         pdnorm_conditions: Sequence[str] = (),
         pdnorm_bn: bool = True,
         pdnorm_ln: bool = True,
+        pdnorm_default: str | None = None,
+        pdnorm_adaptive: bool = False,
+        context_channels: int = 256,
         enc_mode: bool = False,
         upcast_levels: int | None = None,
         mixer: Literal["attention", "mamba"] = "attention",
@@ -107,21 +115,27 @@ class PTv3(SerializedUNet):
         super().__init__()
         if mixer not in ("attention", "mamba"):
             raise InputError(f"mixer: {mixer!r} is not attention or mamba")
+        if pdnorm_adaptive and not pdnorm_conditions:
+            raise InputError("pdnorm_adaptive: there is nothing to modulate without pdnorm_conditions")
+        check_default(pdnorm_default, pdnorm_conditions)
         self.in_channels = in_channels
         self.curves = tuple(order)
         self.shuffle_orders = shuffle_orders
         self.deterministic_orders = deterministic_orders
         self.depth, self.headroom = depth, 0 if legacy_v151 else 1
-        self.conditions = tuple(pdnorm_conditions)
+        self.conditions, self.default_condition = tuple(pdnorm_conditions), pdnorm_default
         self.upcast_levels = upcast_levels
         self.checkpoint_blocks = checkpoint_blocks
 
+        context = context_channels if pdnorm_adaptive else None
+        self.embedding_table = nn.Embedding(len(pdnorm_conditions), context) if context else None
+        per_dataset = partial(ConditionalNorm, conditions=len(pdnorm_conditions), context_channels=context)
         batch_norm: NormFactory = PointBatchNorm
         layer_norm: NormFactory = PointLayerNorm
         if pdnorm_conditions and pdnorm_bn:
-            batch_norm = partial(ConditionalNorm, PointBatchNorm, conditions=len(pdnorm_conditions))
+            batch_norm = partial(per_dataset, PointBatchNorm)
         if pdnorm_conditions and pdnorm_ln:
-            layer_norm = partial(ConditionalNorm, PointLayerNorm, conditions=len(pdnorm_conditions))
+            layer_norm = partial(per_dataset, PointLayerNorm)
 
         def block(stage: Stage, index: int, rate: float, in_decoder: bool) -> SerializedBlock:
             if mixer == "mamba":
@@ -153,6 +167,11 @@ class PTv3(SerializedUNet):
             block,
             partial(Unpooling, norm=batch_norm, refresh_conv=refresh_sparse_after_unpool),
         )
+
+    def condition(self, points: Points) -> Condition | None:
+        if not self.conditions:
+            return None
+        return condition_of(points, self.conditions, self.default_condition, self.embedding_table)
 
     @classmethod
     def s3dis_rpe(cls, in_channels: int = 6) -> PTv3:

@@ -7,13 +7,15 @@ carry the names of the published checkpoints; :mod:`pc3d.models.convert` reads a
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from pc3d.errors import InputError
 from pc3d.nn import Backbone, FeatureInfo
+from pc3d.nn.norm import Condition, ConditionalNorm, check_default, condition_of
 from pc3d.points import Points
 from pc3d.sparse import (
     SparseConv3d,
@@ -46,27 +48,36 @@ class VoxelBatchNorm(nn.BatchNorm1d):
         return super().forward(feat)
 
 
+class ConditionalVoxelNorm(ConditionalNorm, SparseModule):
+    """One batch norm per dataset, see :class:`~pc3d.nn.norm.ConditionalNorm`; the dataset is in the voxels' context."""
+
+    def forward(self, voxels: Voxels) -> Voxels:  # type: ignore[override]
+        return voxels.with_feat(super().forward(voxels.feat, voxels.context[Condition]))
+
+
+NormFactory = Callable[[int], nn.Module]
+
+
 class BasicBlock(SparseModule):
     """``ReLU(BN(conv(ReLU(BN(conv(x))))) + P(x))`` with 3^3 submanifold convolutions.
 
     ``P`` is the identity, or a 1^3 convolution with BN where the width changes.
     """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, norm: NormFactory = VoxelBatchNorm) -> None:
         super().__init__()
         self.proj = SparseSequential()
         if in_channels != out_channels:
-            self.proj.extend([SubMConv3d(in_channels, out_channels, 1, bias=False), VoxelBatchNorm(out_channels)])
+            self.proj.extend([SubMConv3d(in_channels, out_channels, 1, bias=False), norm(out_channels)])
         self.conv1 = SubMConv3d(in_channels, out_channels, 3, bias=False)
-        self.bn1 = VoxelBatchNorm(out_channels)
+        self.bn1 = norm(out_channels)
         self.conv2 = SubMConv3d(out_channels, out_channels, 3, bias=False)
-        self.bn2 = VoxelBatchNorm(out_channels)
+        self.bn2 = norm(out_channels)
         self.relu = nn.ReLU()
 
     def forward(self, voxels: Voxels) -> Voxels:
-        out = self.conv1(voxels)
-        out = self.conv2(out.with_feat(self.relu(self.bn1(out.feat))))
-        return out.with_feat(self.relu(self.bn2(out.feat) + self.proj(voxels).feat))
+        out = SparseSequential(self.conv1, self.bn1, self.relu, self.conv2, self.bn2)(voxels)
+        return out.with_feat(self.relu(out.feat + self.proj(voxels).feat))
 
 
 class SparseUNet(Backbone):
@@ -78,6 +89,11 @@ class SparseUNet(Backbone):
         channels: widths of the S encoder stages, then of the S decoder stages from coarse to fine.
         layers: residual blocks of the same stages.
         enc_mode: no decoder; ``forward`` returns the mean of the deepest features, one row per cloud.
+        norm_conditions: datasets of a jointly trained network (PPT, ``SpUNet-v1m3``), each with batch norms of its own;
+            the clouds of a batch name theirs in ``meta["condition"]``.
+        norm_default: dataset of clouds that name none.
+        context_channels: width of a learned context per dataset that modulates the norms (256 in PPT); None: no
+            modulation.
 
     With the defaults and a linear head this is the published network: 39,157,844 parameters for 6 input channels and 20
     classes. :meth:`small` trains on a CPU.
@@ -90,6 +106,9 @@ class SparseUNet(Backbone):
         channels: Sequence[int] = (32, 64, 128, 256, 256, 128, 96, 96),
         layers: Sequence[int] = (2, 3, 4, 6, 2, 2, 2, 2),
         enc_mode: bool = False,
+        norm_conditions: Sequence[str] = (),
+        norm_default: str | None = None,
+        context_channels: int | None = None,
     ) -> None:
         super().__init__()
         if len(channels) != len(layers) or len(layers) % 2 or not layers:
@@ -100,23 +119,32 @@ class SparseUNet(Backbone):
         stages = len(layers) // 2
         if not enc_mode and min(layers[stages:]) < 1:
             raise InputError(f"SparseUNet: layers {tuple(layers)} leave a decoder stage without a block")
+        if context_channels is not None and not norm_conditions:
+            raise InputError("SparseUNet: context_channels has no effect without norm_conditions")
+        check_default(norm_default, norm_conditions)
+        self.conditions, self.default_condition = tuple(norm_conditions), norm_default
+        self.embedding_table = nn.Embedding(len(norm_conditions), context_channels) if context_channels else None
+        norm: NormFactory = VoxelBatchNorm
+        if norm_conditions:
+            norm = partial(ConditionalVoxelNorm, VoxelBatchNorm, conditions=len(norm_conditions))
+            norm = partial(norm, context_channels=context_channels)
         self.in_channels = in_channels
         self.enc_mode = enc_mode
         self.out_channels = channels[stages - 1] if enc_mode else channels[-1]
-        self.conv_input = _conv_norm_relu(SubMConv3d(in_channels, base_channels, 5, bias=False))
+        self.conv_input = _conv_norm_relu(SubMConv3d(in_channels, base_channels, 5, bias=False), norm)
 
         widths = [base_channels, *channels[:stages]]
         self.down, self.enc = nn.ModuleList(), nn.ModuleList()
         for s in range(stages):
-            self.down.append(_conv_norm_relu(SparseConv3d(widths[s], widths[s + 1], 2, stride=2, bias=False)))
-            self.enc.append(_blocks(widths[s + 1], widths[s + 1], layers[s]))
+            self.down.append(_conv_norm_relu(SparseConv3d(widths[s], widths[s + 1], 2, stride=2, bias=False), norm))
+            self.enc.append(_blocks(widths[s + 1], widths[s + 1], layers[s], norm))
 
         # Decoder stages are numbered by resolution, 0 the finest, as in the published checkpoints.
         self.up, self.dec = nn.ModuleList(), nn.ModuleList()
         decoder = [*channels[: stages - 1 : -1], widths[-1]]
         for s in range(0 if enc_mode else stages):
-            self.up.append(_conv_norm_relu(SparseInverseConv3d(decoder[s + 1], decoder[s], 2, bias=False)))
-            self.dec.append(_blocks(decoder[s] + widths[s], decoder[s], layers[-1 - s]))
+            self.up.append(_conv_norm_relu(SparseInverseConv3d(decoder[s + 1], decoder[s], 2, bias=False), norm))
+            self.dec.append(_blocks(decoder[s] + widths[s], decoder[s], layers[-1 - s], norm))
 
         self.pool = SparseGlobalPool("mean") if enc_mode else None
         self.feature_info = [FeatureInfo("conv_input", base_channels, 1)]
@@ -142,8 +170,7 @@ class SparseUNet(Backbone):
         Raises:
             InputError: if a field is missing, ``feat`` has another width, or there are too few points to train on.
         """
-        self.check_input(points)
-        last = self.forward_voxels(points.voxels())
+        last = self.forward_voxels(self._voxels(points))
         return last.to_points() if self.pool is None else self.pool(last)
 
     def forward_voxels(self, voxels: Voxels) -> Voxels:
@@ -154,8 +181,16 @@ class SparseUNet(Backbone):
 
     def forward_features(self, points: Points) -> dict[str, Voxels]:
         """The voxels after the stem, every encoder and every decoder stage, by the names of ``feature_info``."""
+        return dict(self._stages(self._voxels(points)))
+
+    def _voxels(self, points: Points) -> Voxels:
         self.check_input(points)
-        return dict(self._stages(points.voxels()))
+        voxels = points.voxels()
+        if self.conditions:
+            voxels.context[Condition] = condition_of(
+                points, self.conditions, self.default_condition, self.embedding_table
+            )
+        return voxels
 
     def _stages(self, voxels: Voxels) -> Iterator[tuple[str, Voxels]]:
         voxels = self.conv_input(voxels)
@@ -171,16 +206,18 @@ class SparseUNet(Backbone):
             yield f"dec{s}", voxels
 
 
-def _conv_norm_relu(conv: SparseConvolution) -> SparseSequential:
-    return SparseSequential(conv, VoxelBatchNorm(conv.out_channels), nn.ReLU())
+def _conv_norm_relu(conv: SparseConvolution, norm: NormFactory) -> SparseSequential:
+    return SparseSequential(conv, norm(conv.out_channels), nn.ReLU())
 
 
-def _blocks(in_channels: int, out_channels: int, count: int) -> SparseSequential:
+def _blocks(in_channels: int, out_channels: int, count: int, norm: NormFactory) -> SparseSequential:
     widths = [in_channels, *[out_channels] * (count - 1)][:count]
-    return SparseSequential(OrderedDict((f"block{i}", BasicBlock(c, out_channels)) for i, c in enumerate(widths)))
+    return SparseSequential(OrderedDict((f"block{i}", BasicBlock(c, out_channels, norm)) for i, c in enumerate(widths)))
 
 
 def _init_weights(module: nn.Module) -> None:
     """Published rule: truncated normal for submanifold layers; strided and inverse ones keep the default of spconv."""
-    if isinstance(module, SubMConv3d):
+    if isinstance(module, (SubMConv3d, nn.Linear)):
         nn.init.trunc_normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear):  # of modulated norms
+        nn.init.zeros_(module.bias)

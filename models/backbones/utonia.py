@@ -104,6 +104,7 @@ class Utonia(SerializedUNet):
             of a batch, as published; a fixed number makes Hilbert orders independent of the batch.
         enc_mode: no decoder; ``forward`` gives the features of all encoder stages at each input point.
         upcast_levels: with ``enc_mode``, how many of the finer stages are joined to the deepest; None: all.
+        traceable: each decoder stage keeps the tokens it was unpooled from, see :meth:`forward_tokens`.
         attention_backend: see :data:`pc3d.nn.attention.Backend`.
         checkpoint_blocks: keep no activations inside blocks but compute them again in the backward pass.
 
@@ -141,6 +142,7 @@ class Utonia(SerializedUNet):
         depth: int | None = None,
         enc_mode: bool = True,
         upcast_levels: int | None = None,
+        traceable: bool = False,
         attention_backend: Backend = "auto",
         checkpoint_blocks: bool = False,
     ) -> None:
@@ -182,7 +184,7 @@ class Utonia(SerializedUNet):
             drop_path,
             down,
             block,
-            partial(Unpooling, norm=PointLayerNorm),
+            partial(Unpooling, norm=PointLayerNorm, traceable=traceable),
         )
         self.apply(init_truncated_normal)
 

@@ -96,6 +96,8 @@ def _load(
 
     published = {"seg_head.", "final.", "classifier.", "decoder.final."}
     names = [name.removeprefix("module.").removeprefix("backbone.") for name in state]
+    if any(name.startswith("embedding_table.") for name in names):
+        return _load_ppt(state, task, source, layout_name), True
     with_head = any(name.startswith(tuple(published)) for name in names)
     head, layout = _linear_head(task) if with_head else None, _layout(layout_name)
     try:
@@ -109,6 +111,21 @@ def _load(
     except InputError as error:
         raise InputError(str(error).replace("checkpoint:", f"{source}:", 1)) from None
     raise InputError(f"{source}: there is no importer for {type(task.backbone).__name__} on the command line")
+
+
+def _load_ppt(state: dict[str, Tensor], task: PointTask, source: Path, layout_name: str | None) -> KernelLayout:
+    """Fill a jointly trained backbone and the head of its default dataset."""
+    from pc3d.models import PTv3, SparseUNet
+    from pc3d.models.convert import import_ppt
+    from pc3d.models.heads import ClassEmbeddingHead
+
+    if not isinstance(task.backbone, (PTv3, SparseUNet)):
+        raise InputError(f"{source}: jointly trained; model.backbone must be PTv3 or SparseUNet")
+    head = task.head if isinstance(task.head, ClassEmbeddingHead) else _linear_head(task)
+    try:
+        return import_ppt(state, task.backbone, head, layout=_layout(layout_name))
+    except InputError as error:
+        raise InputError(str(error).replace("checkpoint:", f"{source}:", 1)) from None
 
 
 def _is_pointcept(backbone: Backbone) -> bool:

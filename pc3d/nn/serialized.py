@@ -19,7 +19,7 @@ from pc3d.nn.attention import Backend, RelativePositionBias, Windows, split_wind
 from pc3d.nn.backbone import Backbone, FeatureInfo
 from pc3d.nn.mamba import BidirectionalMamba
 from pc3d.nn.mlp import MLP, DropPath, LayerScale
-from pc3d.nn.norm import ConditionalSequential, PointLayerNorm, apply_layer, condition_of
+from pc3d.nn.norm import Condition, ConditionalSequential, PointLayerNorm, apply_layer
 from pc3d.nn.rope import Rotation
 from pc3d.ops.segment import segment_max, segment_mean
 from pc3d.ops.serialize import Curve, grid_depth
@@ -45,7 +45,7 @@ class Level:
         position: ``(M, 3)`` float32 metres, the mean of the input points in a cell.
         offsets: ``(B + 1,)`` int64 cloud borders.
         serialization: the orders that attention uses, or None where there is none.
-        condition: which norms a network with several sets takes.
+        condition: dataset of the batch, for networks with one set of norms per dataset.
         cache: what layers derive from the level once.
     """
 
@@ -53,7 +53,7 @@ class Level:
     position: Tensor
     offsets: Tensor
     serialization: Serialization | None = None
-    condition: int | None = None
+    condition: Condition | None = None
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -84,6 +84,7 @@ class Tokens:
         conv_feat: ``(M, C)`` what the next positional convolution sees; None is ``feat``.
         parent: the tokens of the finer level these were pooled from.
         cluster: ``(M_parent,)`` int64, the row here of each row of ``parent``.
+        child: the tokens of the coarser level these were unpooled from, where the network is ``traceable``.
     """
 
     feat: Tensor
@@ -91,6 +92,7 @@ class Tokens:
     conv_feat: Tensor | None = None
     parent: Tokens | None = None
     cluster: Tensor | None = None
+    child: Tokens | None = None
 
     def to_points(self) -> Points:
         """The points of the level with ``feat`` and ``grid_coord``."""
@@ -381,13 +383,21 @@ class Unpooling(nn.Module):
         norm: makes the norms.
         refresh_conv: False keeps a quirk of the m1 model: the convolution of the next block sees the projected skip
             instead of the sum.
+        traceable: keep the coarser tokens as ``child`` of the result.
     """
 
     def __init__(
-        self, in_channels: int, skip_channels: int, out_channels: int, norm: NormFactory, refresh_conv: bool = True
+        self,
+        in_channels: int,
+        skip_channels: int,
+        out_channels: int,
+        norm: NormFactory,
+        refresh_conv: bool = True,
+        traceable: bool = False,
     ) -> None:
         super().__init__()
         self.refresh_conv = refresh_conv
+        self.traceable = traceable
         self.proj = ConditionalSequential(nn.Linear(in_channels, out_channels), norm(out_channels), nn.GELU())
         self.proj_skip = ConditionalSequential(nn.Linear(skip_channels, out_channels), norm(out_channels), nn.GELU())
 
@@ -398,7 +408,8 @@ class Unpooling(nn.Module):
         condition = tokens.level.condition
         skip = self.proj_skip(parent.feat, condition)
         feat = skip + self.proj(tokens.feat, condition).index_select(0, cluster)
-        return replace(parent, feat=feat, conv_feat=None if self.refresh_conv else skip)
+        child = tokens if self.traceable else None
+        return replace(parent, feat=feat, conv_feat=None if self.refresh_conv else skip, child=child)
 
 
 def first_tokens(
@@ -406,7 +417,7 @@ def first_tokens(
     curves: Sequence[Curve],
     depth: int | None = None,
     headroom: int = 1,
-    conditions: Sequence[str] = (),
+    condition: Condition | None = None,
 ) -> tuple[Tokens, Tensor]:
     """Points with ``feat`` and ``grid_coord`` as the tokens of the finest level; points of one cell become their mean.
 
@@ -416,7 +427,7 @@ def first_tokens(
         depth: bits per axis of a code; None measures the batch as the published models do. Hilbert orders of a cloud
             then depend on the largest cloud of its batch.
         headroom: see :func:`~pc3d.ops.serialize.grid_depth`.
-        conditions: datasets of a network with several sets of norms.
+        condition: dataset of the batch.
 
     Returns:
         The tokens and, ``(N,)`` int64, the token of each point.
@@ -440,7 +451,7 @@ def first_tokens(
         position=voxels.feat[:, width:].float(),
         offsets=offsets,
         serialization=serialization,
-        condition=condition_of(points, conditions) if conditions else None,
+        condition=condition,
     )
     assert voxels.point_to_voxel is not None
     return Tokens(voxels.feat[:, :width].to(points.get("feat").dtype), level), voxels.point_to_voxel
@@ -497,7 +508,6 @@ class SerializedUNet(Backbone):
     deterministic_orders: DeterministicOrders = "eval"
     depth: int | None = None
     headroom: int = 1
-    conditions: tuple[str, ...] = ()
     upcast_levels: int | None = None
     checkpoint_blocks: bool = False
 
@@ -565,11 +575,20 @@ class SerializedUNet(Backbone):
         Raises:
             InputError: if a field is missing, ``feat`` has another width, or cells are negative or too far apart.
         """
+        last, token_of_point = self.forward_tokens(points)
+        feat = last.feat if len(self.dec) else upcast(last, self.upcast_levels)
+        return feat.index_select(0, token_of_point)
+
+    def forward_tokens(self, points: Points) -> tuple[Tokens, Tensor]:
+        """The tokens of the last stage, linked to those of other levels, and the token of each point ``(N,)`` int64.
+
+        Without a decoder ``parent`` leads to all finer levels; with one, ``child`` to all coarser ones of a network
+        that is ``traceable``. Errors as :meth:`forward`.
+        """
         tokens, token_of_point = self._first(points)
         for _, stage in self._stages(points, tokens, token_of_point):
             last = stage
-        feat = last.feat if len(self.dec) else upcast(last, self.upcast_levels)
-        return feat.index_select(0, token_of_point)
+        return last, token_of_point
 
     def forward_features(self, points: Points) -> dict[str, Points]:
         """The points after the embedding and every stage with ``feat`` and ``grid_coord``, by ``feature_info``."""
@@ -578,7 +597,11 @@ class SerializedUNet(Backbone):
 
     def _first(self, points: Points) -> tuple[Tokens, Tensor]:
         self.check_input(points)
-        return first_tokens(points, self.curves, self.depth, self.headroom, self.conditions)
+        return first_tokens(points, self.curves, self.depth, self.headroom, self.condition(points))
+
+    def condition(self, points: Points) -> Condition | None:
+        """The dataset of a batch; a network with norms per dataset says here how it is found."""
+        return None
 
     def embed(self, tokens: Tokens, points: Points, token_of_point: Tensor) -> Tokens:
         """The tokens after the stem; a network whose stem needs more than features says so here."""

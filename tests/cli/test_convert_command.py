@@ -62,6 +62,26 @@ def test_what_does_not_fit_is_listed(published: tuple[Path, Path, nn.Module], tm
     assert not target.exists()
 
 
+def test_jointly_trained_files_keep_one_head(tmp_path: Path) -> None:
+    config = CONFIGS / "semseg-ptv3-small.yaml"
+    settings = yaml.safe_load(config.read_text())["model"]["backbone"]["init_args"]
+    names = ["Structured3D", "ScanNet", "S3DIS"]
+    backbone = PTv3(6, **settings, pdnorm_conditions=names)
+    state = {**export_pointcept(backbone), "embedding_table.weight": torch.zeros(3, 256)}
+    for i in range(3):
+        head = nn.Linear(backbone.out_channels, len(CLASSES))
+        state |= {f"seg_heads.{i}.{name}": value.detach() for name, value in head.named_parameters()}
+    torch.save({"state_dict": state}, tmp_path / "ppt.pth")
+    options = [
+        f"--model.backbone.init_args.pdnorm_conditions={names}",
+        "--model.backbone.init_args.pdnorm_default=S3DIS",
+    ]
+    target = tmp_path / "ours.safetensors"
+    assert main(["convert", str(tmp_path / "ppt.pth"), str(target), "--config", str(config), *options]) == 0
+    task, _, _ = load_task(target)
+    assert torch.equal(task.head.linear.weight, state["seg_heads.2.weight"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -257,6 +257,19 @@ def test_rotation_sees_differences_of_positions_and_is_jittered_in_training_only
     assert still.enc["enc0"]["block0"].attn.rope is not None
 
 
+@pytest.mark.parametrize("model", [Sonata, Utonia])
+def test_a_traceable_network_leads_back_to_the_coarser_stages(model: type[SerializedUNet]) -> None:
+    net, points = build(model, traceable=True).eval(), clouds(80)
+    last, token_of_point = net.forward_tokens(points)
+    assert_close(last.feat[token_of_point], net(points))
+    widths = []
+    while last.child is not None:
+        last = last.child
+        widths.append(last.feat.shape[1])
+    assert widths == [24, 36]
+    assert build(model).eval().forward_tokens(points)[0].child is None
+
+
 def test_norms_per_dataset() -> None:
     names = ("ScanNet", "S3DIS")
     net, points = build(PTv3, pdnorm_conditions=names).eval(), clouds(80)
