@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from pc3d.bench import backbones, fusion, kernel_maps, scan, segments, serialize, sparse, voxelize
+from pc3d.bench import backbones, data, fusion, kernel_maps, scan, segments, serialize, sparse, voxelize
 from pc3d.bench.clouds import load
 from pc3d.bench.figures import draw_growth, draw_ratios
 from pc3d.bench.timing import Timing, machine, report, table
@@ -25,6 +25,7 @@ EXAMPLES = """examples:
   tools/bench.py serialize --size 0.005 --depth 16 --threads 1
   tools/bench.py sparse --threads 1 2 --only subm3_64 map --json runs/bench/sparse.json
   tools/bench.py backbones scan.ply --size 0.02 --threads 2 --model PTv3
+  tools/bench.py data --config configs/synthetic_rooms/semseg-spunet-small.yaml -- --data.batch_size 4
   tools/bench.py fusion --seconds 240 --picture runs/bench/fusion.png
   tools/bench.py scan --shape 8x1024x384x16 --threads 2
   tools/bench.py sparse scan.bin:0.05:6 sweep.npz:0.1 --picture runs/bench/sparse.png
@@ -35,7 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one benchmark; 0 when it ran, 2 on bad input (one line on stderr)."""
     args = _parser().parse_args(argv)
     try:
-        special = {"sparse": _run_sparse, "scan": _run_scan, "fusion": _run_fusion, "backbones": _run_backbones}
+        special = {
+            "sparse": _run_sparse,
+            "scan": _run_scan,
+            "fusion": _run_fusion,
+            "backbones": _run_backbones,
+            "data": _run_data,
+        }
         return special.get(args.op, _run)(args)
     except InputError as error:
         print(f"bench {args.op}: {error}", file=sys.stderr)
@@ -98,6 +105,16 @@ def _run_backbones(args: argparse.Namespace) -> int:
     return 0
 
 
+def _run_data(args: argparse.Namespace) -> int:
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    print(", ".join(f"{key} {value}" for key, value in machine().items()), flush=True)
+    rates = data.run(args.config, args.overrides, args.clouds, args.rounds, args.workers, args.steps)
+    print(data.lines(rates))
+    _write_json(args.json, {"machine": machine(), "rounds": args.rounds, "rows": [vars(rate) for rate in rates]})
+    return 0
+
+
 def _run_fusion(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -143,6 +160,15 @@ def _parser() -> argparse.ArgumentParser:
     networks.add_argument("--model", action="append", metavar="NAME", help="may repeat (default: all)")
     graphs = ops.add_parser("segments", help="graph segmentation, step by step")
     _add_shared(graphs, points=200_000, sizes=[0.02, 0.05])
+    feeding = ops.add_parser("data", help="the data of a config: stages, loader with workers, training fed by it")
+    feeding.add_argument("--config", required=True, metavar="FILE", help="the experiment")
+    feeding.add_argument("--clouds", type=_at_least(1), default=8, help="training clouds for the stages (default 8)")
+    feeding.add_argument("--workers", type=_at_least(1), default=2, help="processes of the loader (default 2)")
+    feeding.add_argument("--steps", type=int, default=20, help="of training, with and without workers (default 20)")
+    feeding.add_argument("--rounds", type=_at_least(1), default=3, help="timed rounds (default 3)")
+    feeding.add_argument("--threads", type=_at_least(1), help="threads of training (default: torch's)")
+    feeding.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
+    feeding.add_argument("overrides", nargs="*", help="after --: overrides of the config, as in pc3d train")
     parts = ops.add_parser("fusion", help="Segment-Fusion on rooms with part errors put in: what it repairs")
     parts.add_argument("--seconds", type=_at_least(1), default=240, help="of training (default 240)")
     parts.add_argument("--seed", type=int, default=0, help="of rooms, errors and training")
