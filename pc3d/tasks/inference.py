@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pc3d.data.pipeline import Pipeline
-from pc3d.data.transforms import Compose, GridSample, Transform
+from pc3d.data.transforms import Compose, Transform
 from pc3d.errors import InputError
 from pc3d.points import Points
 from pc3d.tasks.checkpoint import MismatchError, feature_channels, text_table
@@ -151,8 +151,8 @@ def _vote(
             probabilities = _probabilities(task, Points.cat(group)).split([part.num_points for part in group])
             for fragment, part in zip(group, probabilities, strict=True):
                 votes[fragment.get("index").to(task.device)] += part  # rows are unique inside one fragment
-    if any(isinstance(step, GridSample) and step.inverse for step in pipeline.prepare):
-        prepared = Compose(pipeline.prepare)(_indexed(points))
+    prepared = pipeline.prepare_vote(_indexed(points))
+    if prepared.source is not None:
         source, rows = original_rows(prepared)
         votes[source.get("index").to(task.device)] = votes[prepared.get("index")[rows].to(task.device)]
     return votes

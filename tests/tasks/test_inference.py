@@ -113,6 +113,22 @@ def test_a_first_sampling_in_prepare_is_mapped_back(task: SemanticSegmentation) 
     torch.testing.assert_close(fast.sum(1), torch.ones(points.num_points))
 
 
+def test_voting_on_a_finer_grid_is_mapped_back_and_seen_by_voting_only(task: SemanticSegmentation) -> None:
+    plain, reduced = (Pipeline(0.5, ["coord", "color"], vote_grid_size=size) for size in (None, 0.25))
+    points = cloud(6)
+    fine = GridSample(0.25, pick="first", inverse=True)(points)
+    assert fine.num_points < points.num_points
+    expected = predict_cloud(task, plain, fine.replace(source=None))[fine.source_rows()]
+    torch.testing.assert_close(predict_cloud(task, reduced, points), expected)
+    assert not torch.allclose(predict_cloud(task, plain, points), expected)
+    scaled = [[RandomScale([1.3, 1.3])]]
+    augmented = predict_cloud(task, plain, fine.replace(source=None), scaled)[fine.source_rows()]
+    torch.testing.assert_close(predict_cloud(task, reduced, points, scaled), augmented)
+    assert torch.equal(*(predict_cloud(task, lines, points, mode="fast") for lines in (plain, reduced)))
+    with pytest.raises(InputError, match=r"vote_grid_size 0.5 must lie between 0 and grid_size 0.5"):
+        Pipeline(0.5, ["coord"], vote_grid_size=0.5)
+
+
 def test_one_point(task: SemanticSegmentation) -> None:
     for mode in ("vote", "fast"):
         assert predict_cloud(task, pipeline(), cloud(7, 1), mode=mode).sum().item() == pytest.approx(1)  # type: ignore[arg-type]
