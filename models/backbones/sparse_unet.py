@@ -25,27 +25,10 @@ from pc3d.sparse import (
     SparseModule,
     SparseSequential,
     SubMConv3d,
+    VoxelBatchNorm,
+    conv_norm_act,
 )
 from pc3d.voxels import Voxels
-
-
-class VoxelBatchNorm(nn.BatchNorm1d):
-    """Batch normalisation over voxels, with the published constants.
-
-    Raises:
-        InputError: in training mode with fewer than two voxels, which have no variance.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, eps=1e-3, momentum=0.01)
-
-    def forward(self, feat: Tensor) -> Tensor:
-        if self.training and len(feat) < 2:
-            raise InputError(
-                f"SparseUNet cannot train on a batch with {len(feat)} voxels in a stage: batch normalisation needs "
-                "two; use larger crops, a larger batch or a smaller grid size"
-            )
-        return super().forward(feat)
 
 
 class ConditionalVoxelNorm(ConditionalNorm, SparseModule):
@@ -76,8 +59,8 @@ class BasicBlock(SparseModule):
         self.relu = nn.ReLU()
 
     def forward(self, voxels: Voxels) -> Voxels:
-        out = SparseSequential(self.conv1, self.bn1, self.relu, self.conv2, self.bn2)(voxels)
-        return out.with_feat(self.relu(out.feat + self.proj(voxels).feat))
+        out = conv_norm_act(self.conv1, voxels, self.bn1, self.relu)
+        return conv_norm_act(self.conv2, out, self.bn2, self.relu, residual=self.proj(voxels).feat)
 
 
 class SparseUNet(Backbone):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pc3d.ops.conv import sparse_conv
+from pc3d.ops.conv import Epilogue, sparse_conv
 from pc3d.ops.kernel_map import KernelMap, strided_map, submanifold_map
 from pc3d.sparse import SparseConvolution
 
@@ -67,9 +67,10 @@ class _Convolve:
     def __init__(self, engine: Engine, layer: SparseConvolution) -> None:
         self.engine, self.layer = engine, layer
 
-    def __call__(self, feat: Tensor, kmap: KernelMap) -> Tensor:
+    def __call__(self, feat: Tensor, kmap: KernelMap, epilogue: Epilogue | None = None) -> Tensor:
         out = self.engine.convolution(kmap)(feat, self.layer.weight)
-        return out if self.layer.bias is None else out + self.layer.bias
+        out = out if self.layer.bias is None else out + self.layer.bias
+        return out if epilogue is None else epilogue(out)
 
 
 class Pc3d(Engine):

@@ -33,6 +33,9 @@ template <class T, int Dimensions>
 using Array = nb::ndarray<T, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>;
 template <class T, int Dimensions>
 using StridedArray = nb::ndarray<T, nb::ndim<Dimensions>, nb::device::cpu>;
+using Matrix = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;         // float32 or bfloat16
+using Result = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Channels = std::optional<Array<const float, 1>>;
 
 constexpr int64_t kTileGranules = 4;    // 512 rows of a tile, if the caller does not choose, and
 constexpr int64_t kTileColumns = 128;   // columns: 256 KiB of output, half of a small second-level cache
@@ -82,6 +85,16 @@ float *workspace(int64_t floats) {
 void require(bool condition, const char *message) {
   if (!condition) throw std::invalid_argument(message);
 }
+
+template <class Any>
+bool is_bf16(const Any &matrix) {
+  const nb::dlpack::dtype type = matrix.dtype();
+  const bool bf16 = type.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat) && type.bits == 16;
+  require(bf16 || type == nb::dtype<float>(), "features must be float32 or bfloat16");
+  return bf16;
+}
+
+Features features(const Matrix &matrix) { return {matrix.data(), is_bf16(matrix)}; }
 
 void check_offsets(const int64_t *offsets, int64_t kernel_volume, int64_t pairs) {
   bool valid = offsets[0] == 0 && offsets[kernel_volume] == pairs;
@@ -189,24 +202,36 @@ void run_tiles(const ConvKernels &kernels, const ConvProduct &p, int64_t tile) {
   while (tile > 1 && ceil_div(p.granules, tile) * parts < wanted) tile /= 2;
   const int64_t tiles = ceil_div(p.granules, tile);
   while (tiles * parts < wanted && parts * 2 <= strips) parts *= 2;
+  const int64_t beside = p.x.bf16 ? tile * kGranule * ceil_div(strips, parts) * kernels.strip : 0;
   parallel_tasks(tiles * parts, [&](int64_t i) {
     const int64_t first = i / parts * tile, part = i % parts;
-    kernels.tile(p, first, std::min(first + tile, p.granules), strips * part / parts, strips * (part + 1) / parts);
+    thread_local std::vector<float> sums;  // the caller's workspace holds the packed weights
+    if (static_cast<int64_t>(sums.size()) < beside) sums.resize(beside);
+    kernels.tile(p, first, std::min(first + tile, p.granules), strips * part / parts, strips * (part + 1) / parts, sums.data());
   });
 }
 
-void conv_forward(Array<const float, 2> x, StridedArray<const float, 3> weight, std::optional<Array<const float, 1>> bias,
-                  Array<const int32_t, 1> gather, Array<const int32_t, 1> scatter, Array<const int64_t, 2> starts,
-                  Array<float, 2> y, const std::string &isa, int64_t tile_rows) {
+bool of_length(const Channels &values, int64_t length) { return !values || static_cast<int64_t>(values->shape(0)) == length; }
+const float *pointer(const Channels &values) { return values ? values->data() : nullptr; }
+
+void conv_forward(Matrix x, StridedArray<const float, 3> weight, Channels bias, Array<const int32_t, 1> gather,
+                  Array<const int32_t, 1> scatter, Array<const int64_t, 2> starts, Result y, Channels scale, Channels shift,
+                  std::optional<Matrix> residual, bool relu, const std::string &isa, int64_t tile_rows) {
   const ConvKernels &kernels = find_kernels(isa);
   ConvProduct p{};
-  p.x = x.data(), p.y = y.data(), p.bias = bias ? bias->data() : nullptr;
+  p.x = features(x), p.y = y.data(), p.bias = pointer(bias), p.scale = pointer(scale), p.shift = pointer(shift);
+  p.residual = residual ? residual->data() : nullptr, p.relu = relu;
   p.gather = gather.data(), p.scatter = scatter.data(), p.starts = starts.data();
   p.kernel_volume = starts.shape(0), p.granules = starts.shape(1) - 1;
   p.rows = y.shape(0), p.cin = x.shape(1), p.cout = y.shape(1);
   require(static_cast<int64_t>(weight.shape(0)) == p.kernel_volume && static_cast<int64_t>(weight.shape(1)) == p.cin &&
-              static_cast<int64_t>(weight.shape(2)) == p.cout && (!bias || static_cast<int64_t>(bias->shape(0)) == p.cout),
+              static_cast<int64_t>(weight.shape(2)) == p.cout && of_length(bias, p.cout),
           "weight or bias does not fit the features");
+  require(is_bf16(y) == p.x.bf16, "features and result differ in type");
+  require(scale.has_value() == shift.has_value() && of_length(scale, p.cout) && of_length(shift, p.cout), "scale and shift do not fit");
+  require(!residual || (is_bf16(*residual) == p.x.bf16 && static_cast<int64_t>(residual->shape(0)) == p.rows &&
+                        static_cast<int64_t>(residual->shape(1)) == p.cout),
+          "the residual does not fit the result");
   require(p.granules == ceil_div(p.rows, kGranule) && gather.shape(0) == scatter.shape(0), "the plan is of another map");
   require(tile_rows >= 0, "tile_rows must not be negative");
   nb::gil_scoped_release release;
@@ -252,7 +277,7 @@ void add_chunks(const std::vector<Chunk> &chunks, int64_t cin, int64_t cout, flo
   });
 }
 
-void conv_weight_grad(Array<const float, 2> x, Array<const float, 2> g, Array<const int32_t, 1> in_rows,
+void conv_weight_grad(Matrix x, Matrix g, Array<const int32_t, 1> in_rows,
                       Array<const int32_t, 1> out_rows, Array<const int64_t, 1> offsets, Array<float, 3> out,
                       const std::string &isa) {
   const ConvKernels &kernels = find_kernels(isa);
@@ -260,6 +285,7 @@ void conv_weight_grad(Array<const float, 2> x, Array<const float, 2> g, Array<co
   require(static_cast<int64_t>(offsets.shape(0)) == kernel_volume + 1 && static_cast<int64_t>(out.shape(1)) == cin &&
               static_cast<int64_t>(out.shape(2)) == cout && in_rows.shape(0) == out_rows.shape(0),
           "the gradient does not fit the features");
+  const Features left = features(x), right = features(g);
   nb::gil_scoped_release release;
   check_offsets(offsets.data(), kernel_volume, in_rows.shape(0));
   const std::vector<Chunk> chunks = make_chunks(offsets.data(), kernel_volume, cin * cout, out.data());
@@ -267,7 +293,7 @@ void conv_weight_grad(Array<const float, 2> x, Array<const float, 2> g, Array<co
   parallel_tasks(static_cast<int64_t>(chunks.size()) * blocks, [&](int64_t i) {
     const Chunk &chunk = chunks[i / blocks];
     const int64_t first = i % blocks * kernels.cin_block;
-    kernels.weight_grad({x.data(), g.data(), in_rows.data() + chunk.begin, out_rows.data() + chunk.begin,
+    kernels.weight_grad({left, right, in_rows.data() + chunk.begin, out_rows.data() + chunk.begin,
                          chunk.end - chunk.begin, cin, cout, chunk.out},
                         first, std::min(first + kernels.cin_block, cin));
   });
@@ -292,11 +318,14 @@ void register_conv(nb::module_ &m) {
   m.def("conv_plan_pairs", &plan_pairs, nb::arg("gather"), nb::arg("scatter"), nb::arg("offsets"), nb::arg("starts"),
         nb::arg("grouped_gather"), nb::arg("grouped_scatter"), "Groups the pairs of each offset by granule, stable.");
   m.def("conv_forward", &conv_forward, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("gather"),
-        nb::arg("scatter"), nb::arg("starts"), nb::arg("y"), nb::arg("isa") = "", nb::arg("tile_rows") = 0,
-        "y[scatter[p]] = bias + sum of x[gather[p]] W_k over a plan checked by conv_plan_starts; float32.");
+        nb::arg("scatter"), nb::arg("starts"), nb::arg("y"), nb::arg("scale").none() = nb::none(),
+        nb::arg("shift").none() = nb::none(), nb::arg("residual").none() = nb::none(), nb::arg("relu") = false,
+        nb::arg("isa") = "", nb::arg("tile_rows") = 0,
+        "y[scatter[p]] = relu((bias + sum of x[gather[p]] W_k) * scale + shift + residual) over a plan checked by "
+        "conv_plan_starts; x, y and residual float32 or bfloat16, summed in float32.");
   m.def("conv_weight_grad", &conv_weight_grad, nb::arg("x"), nb::arg("g"), nb::arg("in_rows"), nb::arg("out_rows"),
         nb::arg("offsets"), nb::arg("out"), nb::arg("isa") = "",
-        "out[k] = sum of x[in_rows[p]]^T g[out_rows[p]] over the pairs of every offset; float32.");
+        "out[k] = sum of x[in_rows[p]]^T g[out_rows[p]] over the pairs of every offset; x and g float32 or bfloat16.");
 }
 
 }  // namespace pc3d

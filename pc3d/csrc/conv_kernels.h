@@ -8,13 +8,24 @@ namespace pc3d {
 // Rows of the finest destination group: a plan can start a tile at any multiple of it.
 constexpr int64_t kGranule = 128;
 
-// y[scatter[p]] += x[gather[p]] W_k over the pairs p of every kernel offset k. `starts` holds, for each offset, the first
-// pair of every granule of destination rows: (offsets, granules + 1).
+// Features in memory: float32 or bfloat16; sums are always float32.
+struct Features {
+  const void *data;
+  bool bf16;
+};
+
+// y[scatter[p]] += x[gather[p]] W_k over the pairs p of every kernel offset k, then y <- y * scale + shift + residual and
+// ReLU, as far as asked for. `starts` holds, for each offset, the first pair of every granule of destination rows:
+// (offsets, granules + 1). x, y and the residual have the same type.
 struct ConvProduct {
-  const float *x;        // (source rows, cin)
-  float *y;              // (rows, cout)
+  Features x;            // (source rows, cin)
+  void *y;               // (rows, cout)
   const float *weights;  // packed per offset: strips of `strip` columns, (strips, cin, strip), zero-padded columns
   const float *bias;     // (cout) or null
+  const float *scale;    // (cout) or null, and with it
+  const float *shift;    // (cout)
+  const void *residual;  // (rows, cout) or null
+  bool relu;
   const int32_t *gather;
   const int32_t *scatter;
   const int64_t *starts;
@@ -23,8 +34,8 @@ struct ConvProduct {
 
 // Part of dW_k = sum over the pairs p of x[in_rows[p]]^T g[out_rows[p]].
 struct WeightGradPart {
-  const float *x;  // (inputs, cin)
-  const float *g;  // (outputs, cout)
+  Features x;  // (inputs, cin)
+  Features g;  // (outputs, cout)
   const int32_t *in_rows;
   const int32_t *out_rows;
   int64_t pairs, cin, cout;
@@ -37,8 +48,9 @@ struct ConvKernels {
   int64_t cin_block;  // input channels of one weight-gradient task
   // Packs columns [s * strip, (s + 1) * strip) of the (cin, cout) matrix with element (i, j) at w[i * row + j * column].
   void (*pack)(const float *w, int64_t row, int64_t column, int64_t cin, int64_t cout, int64_t s, float *packed);
-  // All offsets of the destination granules [first, last) and the column strips [strip_first, strip_last).
-  void (*tile)(const ConvProduct &product, int64_t first, int64_t last, int64_t strip_first, int64_t strip_last);
+  // All offsets of the destination granules [first, last) and the column strips [strip_first, strip_last). Where y is
+  // bfloat16, `sums` has room for them in float32.
+  void (*tile)(const ConvProduct &product, int64_t first, int64_t last, int64_t strip_first, int64_t strip_last, float *sums);
   // The rows [first, last) of the weight gradient, at most cin_block of them.
   void (*weight_grad)(const WeightGradPart &part, int64_t first, int64_t last);
 };

@@ -131,16 +131,46 @@ inline void copy(const float *from, int64_t n, float *to) {
   for (; d < n; ++d) to[d] = from[d];
 }
 
-// A part of the rows of a matrix: columns [0, width) from `data` on.
+typedef uint32_t Bits __attribute__((vector_size(kWidth * sizeof(float))));
+typedef uint16_t Halves __attribute__((vector_size(kWidth * sizeof(uint16_t)), aligned(2), may_alias));
+
+// bfloat16 is the upper half of a float32.
+inline Vec widen(const uint16_t *p) {
+  return reinterpret_cast<Vec>(__builtin_convertvector(*reinterpret_cast<const Halves *>(p), Bits) << 16);
+}
+inline void widen(const uint16_t *from, int64_t n, float *to) {
+  int64_t d = 0;
+  for (; d + kWidth <= n; d += kWidth) store(to + d, widen(from + d));
+  for (; d < n; ++d) {
+    const uint32_t bits = static_cast<uint32_t>(from[d]) << 16;
+    memcpy(to + d, &bits, 4);
+  }
+}
+// To the nearest, ties to even, as PyTorch does; NaN stays NaN.
+inline void narrow(Vec value, uint16_t *p) {
+  const Bits bits = reinterpret_cast<Bits>(value);
+  const Bits rounded = bits + 0x7FFF + (bits >> 16 & 1), nan = reinterpret_cast<Bits>(value != value);
+  *reinterpret_cast<Halves *>(p) = __builtin_convertvector(((rounded >> 16) & ~nan) | (nan & 0x7FC0), Halves);
+}
+
+// A part of the rows of a matrix: columns [first, first + width).
 struct Rows {
-  const float *data;
-  int64_t stride, width;
+  Features matrix;
+  int64_t stride, first, width;
   const int32_t *index;
 
-  const float *operator[](int64_t i) const { return data + index[i] * stride; }
+  const char *address(int64_t i, int64_t d) const {
+    return static_cast<const char *>(matrix.data) + (index[i] * stride + first + d) * (matrix.bf16 ? 2 : 4);
+  }
+  void read(int64_t i, int64_t d, int64_t n, float *to) const {
+    if (matrix.bf16)
+      widen(reinterpret_cast<const uint16_t *>(address(i, d)), n, to);
+    else
+      copy(reinterpret_cast<const float *>(address(i, d)), n, to);
+  }
   void prefetch(int64_t i) const {
-    const float *row = (*this)[i];
-    for (int64_t d = 0; d < width; d += 16) __builtin_prefetch(row + d);
+    const char *row = address(i, 0), *end = row + width * (matrix.bf16 ? 2 : 4);
+    for (; row < end; row += 64) __builtin_prefetch(row);
   }
 };
 
@@ -148,7 +178,7 @@ struct Rows {
 inline void gather_panel(const Rows &rows, int64_t n, float *to) {
   for (int64_t i = 0; i < n; ++i, to += kDepth) {
     if (i + kAhead < n) rows.prefetch(i + kAhead);
-    copy(rows[i], rows.width, to);
+    rows.read(i, 0, rows.width, to);
   }
 }
 
@@ -156,13 +186,12 @@ inline void gather_panel(const Rows &rows, int64_t n, float *to) {
 inline void gather_strips(const Rows &rows, int64_t n, float *to) {
   for (int64_t i = 0; i < n; ++i, to += kStrip) {
     if (i + kAhead < n) rows.prefetch(i + kAhead);
-    const float *row = rows[i];
     float *strip = to;
     int64_t d = 0;
-    for (; d + kStrip <= rows.width; d += kStrip, strip += n * kStrip) copy(row + d, kStrip, strip);
+    for (; d + kStrip <= rows.width; d += kStrip, strip += n * kStrip) rows.read(i, d, kStrip, strip);
     if (d < rows.width) {
       memset(strip, 0, kStrip * sizeof(float));
-      copy(row + d, rows.width - d, strip);
+      rows.read(i, d, rows.width - d, strip);
     }
   }
 }
@@ -180,16 +209,77 @@ void pack(const float *w, int64_t row, int64_t column, int64_t cin, int64_t cout
   }
 }
 
-void start_rows(const ConvProduct &p, int64_t row_first, int64_t row_last, int64_t first, int64_t last) {
-  const int64_t bytes = (last - first) * sizeof(float);
-  for (int64_t r = row_first; r < row_last; ++r) {
-    float *y = p.y + r * p.cout + first;
-    if (p.bias)
-      memcpy(y, p.bias + first, bytes);
-    else
-      memset(y, 0, bytes);
+// Rows [row_first, row_last) and columns [first, last) of y, and their sums: in y itself, or beside it where y is bfloat16.
+// The sum of (row, column) is at sums[row * stride + column].
+struct Target {
+  const ConvProduct &p;
+  int64_t row_first, row_last, first, last, stride;
+  float *sums;
+
+  Target(const ConvProduct &p, int64_t row_first, int64_t row_last, int64_t first, int64_t last, float *beside)
+      : p(p),
+        row_first(row_first),
+        row_last(row_last),
+        first(first),
+        last(last),
+        stride(p.x.bf16 ? last - first : p.cout),
+        sums(p.x.bf16 ? beside - row_first * stride - first : static_cast<float *>(p.y)) {}
+
+  void start() const {
+    const int64_t bytes = (last - first) * sizeof(float);
+    for (int64_t r = row_first; r < row_last; ++r) {
+      float *row = sums + r * stride + first;
+      if (p.bias)
+        memcpy(row, p.bias + first, bytes);
+      else
+        memset(row, 0, bytes);
+    }
   }
-}
+
+  void finish() const {
+    if (!p.x.bf16 && !p.scale && !p.residual && !p.relu) return;
+    for (int64_t r = row_first; r < row_last; ++r) {
+      int64_t c = first;
+      for (; c + kWidth <= last; c += kWidth) {
+        const Vec value = finished(load(sums + r * stride + c), r, c, kWidth);
+        if (p.x.bf16)
+          narrow(value, static_cast<uint16_t *>(p.y) + r * p.cout + c);
+        else
+          store(sums + r * stride + c, value);
+      }
+      if (c == last) continue;
+      float part[kWidth] = {};
+      memcpy(part, sums + r * stride + c, (last - c) * sizeof(float));
+      const Vec value = finished(load(part), r, c, last - c);
+      if (p.x.bf16) {
+        uint16_t halves[kWidth];
+        narrow(value, halves);
+        memcpy(static_cast<uint16_t *>(p.y) + r * p.cout + c, halves, (last - c) * sizeof(uint16_t));
+      } else {
+        store(part, value);
+        memcpy(sums + r * stride + c, part, (last - c) * sizeof(float));
+      }
+    }
+  }
+
+ private:
+  static Vec some(const float *from, int64_t n) {
+    if (n == kWidth) return load(from);
+    float part[kWidth] = {};
+    memcpy(part, from, n * sizeof(float));
+    return load(part);
+  }
+  Vec finished(Vec value, int64_t r, int64_t c, int64_t n) const {
+    if (p.scale) value = value * some(p.scale + c, n) + some(p.shift + c, n);
+    if (p.residual) {
+      float part[kWidth] = {};
+      const int32_t row = static_cast<int32_t>(r);
+      Rows{{p.residual, p.x.bf16}, p.cout, c, n, &row}.read(0, 0, n, part);
+      value += load(part);
+    }
+    return p.relu ? (value < 0.0f ? Vec{} : value) : value;
+  }
+};
 
 // The pairs of a tile, panel after panel: kernel offsets ascending, at most kPanelRows pairs of one offset.
 struct Panels {
@@ -216,9 +306,10 @@ struct Panels {
   }
 };
 
-void tile(const ConvProduct &p, int64_t first, int64_t last, int64_t strip_first, int64_t strip_last) {
+void tile(const ConvProduct &p, int64_t first, int64_t last, int64_t strip_first, int64_t strip_last, float *sums) {
   const int64_t strips = (p.cout + kStrip - 1) / kStrip;
-  start_rows(p, first * kGranule, min64(last * kGranule, p.rows), strip_first * kStrip, min64(strip_last * kStrip, p.cout));
+  const Target target(p, first * kGranule, min64(last * kGranule, p.rows), strip_first * kStrip, min64(strip_last * kStrip, p.cout), sums);
+  target.start();
   alignas(64) float panel[kPanelRows * kDepth];
   Panels now(p, first, last), ahead(p, first, last);
   ahead.next();
@@ -227,21 +318,22 @@ void tile(const ConvProduct &p, int64_t first, int64_t last, int64_t strip_first
     const Strip<false> full(now.rows, kStrip), rest(now.rows, p.cout - (strips - 1) * kStrip);
     for (int64_t d = 0; d < p.cin; d += kDepth) {
       const int64_t depth = min64(p.cin - d, kDepth);
-      gather_panel({p.x + d, p.cin, depth, p.gather + now.begin}, now.rows, panel);
+      gather_panel({p.x, p.cin, d, depth, p.gather + now.begin}, now.rows, panel);
       // The first rows of the next panel travel while this one is multiplied.
       const bool same = d + kDepth < p.cin;
       if (same || more) {
         const Panels &next = same ? now : ahead;
         const int64_t from = same ? d + kDepth : 0;
-        const Rows rows{p.x + from, p.cin, min64(p.cin - from, kDepth), p.gather + next.begin};
+        const Rows rows{p.x, p.cin, from, min64(p.cin - from, kDepth), p.gather + next.begin};
         for (int64_t i = 0; i < min64(next.rows, kAhead); ++i) rows.prefetch(i);
       }
       for (int64_t s = strip_first; s < strip_last; ++s) {
         const float *weights = p.weights + ((now.kernel * strips + s) * p.cin + d) * kStrip;
-        (s + 1 < strips ? full : rest).run(panel, weights, depth, p.y + s * kStrip, p.scatter + now.begin, p.cout);
+        (s + 1 < strips ? full : rest).run(panel, weights, depth, target.sums + s * kStrip, p.scatter + now.begin, target.stride);
       }
     }
   }
+  target.finish();
 }
 
 void weight_grad(const WeightGradPart &p, int64_t first, int64_t last) {
@@ -251,10 +343,10 @@ void weight_grad(const WeightGradPart &p, int64_t first, int64_t last) {
   const Split chunks(p.pairs, kGradPairs);
   for (int64_t i = 0, begin = 0; i < chunks.parts; begin += chunks.size(i++)) {
     const int64_t n = chunks.size(i);
-    gather_panel({p.x + first, p.cin, last - first, p.in_rows + begin}, n, panel);
+    gather_panel({p.x, p.cin, first, last - first, p.in_rows + begin}, n, panel);
     for (int64_t group = 0; group < p.cout; group += kGradColumns) {
       const int64_t width = min64(p.cout - group, kGradColumns);
-      gather_strips({p.g + group, p.cout, width, p.out_rows + begin}, n, strips);
+      gather_strips({p.g, p.cout, group, width, p.out_rows + begin}, n, strips);
       for (int64_t d = 0; d < width; d += kStrip) {
         const Strip<true> strip(last - first, min64(width - d, kStrip));
         strip.run(panel, strips + d * n, n, p.out + first * p.cout + group + d, kConsecutive, p.cout);

@@ -50,8 +50,37 @@ class Flows:
                 raise ValueError(f"{name}: no flow {flow!r} on the CPU, choose from {', '.join(known)}")
 
 
+@dataclass(frozen=True, eq=False)
+class Epilogue:
+    """What follows a convolution row by row: ``relu(out * scale + shift + residual)``, each part optional.
+
+    Attributes:
+        scale, shift: ``(Cout,)``, both or none: a batch normalisation with fixed statistics.
+        residual: ``(num_out, Cout)``.
+        relu: whether negative values become 0.
+    """
+
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    residual: Tensor | None = None
+    relu: bool = False
+
+    def __call__(self, out: Tensor) -> Tensor:
+        """The same as a layer of its own, differentiable."""
+        if self.scale is not None and self.shift is not None:
+            out = torch.addcmul(self.shift, out, self.scale).to(out.dtype)
+        if self.residual is not None:
+            out = out + self.residual
+        return out.relu() if self.relu else out
+
+
 def sparse_conv(
-    feat: Tensor, weight: Tensor, kmap: KernelMap, bias: Tensor | None = None, flows: Flows | None = None
+    feat: Tensor,
+    weight: Tensor,
+    kmap: KernelMap,
+    bias: Tensor | None = None,
+    flows: Flows | None = None,
+    epilogue: Epilogue | None = None,
 ) -> Tensor:
     """Sparse convolution (cross-correlation, no kernel flip) of voxel features.
 
@@ -64,6 +93,8 @@ def sparse_conv(
         kmap: pairs of input and output rows per kernel offset.
         bias: ``(Cout,)`` or None.
         flows: how the CPU kernels go about it; None leaves it to them. Other devices and dtypes have one way.
+        epilogue: applied to the result; without gradients the CPU kernels do it while the rows are in the cache, in
+            float32 also where the features are bfloat16.
 
     Returns:
         ``(num_out, Cout)`` in the dtype of ``feat``; a row without pairs holds the bias.
@@ -87,7 +118,37 @@ def sparse_conv(
     plan, inverse_plan = _plans(feat, kmap)
     chosen = ",".join(astuple(flows or Flows()))
     rows = kmap.in_rows, kmap.out_rows, kmap.offsets
-    return _sparse_conv(feat, weight, bias, *rows, kmap.num_out, plan, inverse_plan, chosen)
+    if epilogue is not None and _fuses(feat, plan, chosen):
+        return _multiply(feat, weight, bias, plan, kmap.num_out, chosen, epilogue)
+    out = _sparse_conv(feat, weight, bias, *rows, kmap.num_out, plan, inverse_plan, chosen)
+    return out if epilogue is None else epilogue(out)
+
+
+def _fuses(feat: Tensor, plan: Plan, flows: str) -> bool:
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and flows.startswith("os")
+        and _kernels(feat, plan) is not None
+    )
+
+
+def _multiply(
+    feat: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, num_out: int, flows: str, epilogue: Epilogue
+) -> Tensor:
+    """The forward of the CPU kernels, output-stationary."""
+    kernels = _kernels(feat, plan)
+    assert kernels is not None
+    dtype, feat = feat.dtype, _features(feat)
+    out = feat.new_empty(num_out, weight.shape[2])
+    _, _, tile = flows.split(",")[0].partition("@")
+    first, scale, shift = (None if t is None else _plain(t) for t in (bias, epilogue.scale, epilogue.shift))
+    residual = None if epilogue.residual is None else epilogue.residual.detach().to(feat.dtype).contiguous()
+    kernels.conv_forward(
+        feat, _plain(weight, strided=True), first, *plan, out, scale, shift, residual, epilogue.relu,
+        tile_rows=int(tile or 0),
+    )  # fmt: skip
+    return out.to(dtype)
 
 
 @torch.library.custom_op("pc3d::sparse_conv", mutates_args=())
@@ -109,13 +170,8 @@ def _sparse_conv(
         return conv_triton.forward(
             feat.detach(), weight.detach(), None if bias is None else bias.detach(), plan, num_out
         )
-    flow, _, tile = flows.split(",")[0].partition("@")
-    kernels = _kernels(feat, plan) if flow == "os" else None
-    if kernels is not None:
-        out = feat.new_empty(num_out, weight.shape[2], dtype=torch.float32)
-        first = None if bias is None else _plain(bias)
-        kernels.conv_forward(_plain(feat), _plain(weight, strided=True), first, *plan, out, tile_rows=int(tile or 0))
-        return out.to(feat.dtype)
+    if flows.startswith("os") and _kernels(feat, plan) is not None:
+        return _multiply(feat, weight, bias, plan, num_out, flows, Epilogue())
     wide = _accumulation_dtype(feat.dtype)
     out = feat.new_zeros(num_out, weight.shape[2], dtype=wide)
     with _exact_sums(feat):
@@ -147,7 +203,8 @@ def _weight_grad(
     kernels = _kernels(feat, plan) if flows.split(",")[2] == "fod" else None
     if kernels is not None:
         out = feat.new_empty(len(offsets) - 1, feat.shape[1], grad.shape[1], dtype=torch.float32)
-        kernels.conv_weight_grad(_plain(feat), _plain(grad), in_rows.contiguous(), out_rows.contiguous(), offsets, out)
+        left, right = _features(feat), _features(grad.to(feat.dtype))
+        kernels.conv_weight_grad(left, right, in_rows.contiguous(), out_rows.contiguous(), offsets, out)
         return out.to(feat.dtype)
     wide = _accumulation_dtype(feat.dtype)
     out = feat.new_zeros(len(offsets) - 1, feat.shape[1], grad.shape[1], dtype=wide)
@@ -303,8 +360,14 @@ def _kernels(feat: Tensor, plan: Plan) -> ModuleType | None:
     return cpu_kernels(feat, *plan) if plan and feat.dtype in _KERNEL_DTYPES else None
 
 
+def _features(feat: Tensor) -> Tensor:
+    """What the kernels read: float32 or bfloat16, without autograd, contiguous."""
+    feat = feat.detach().contiguous()
+    return feat if feat.dtype == torch.bfloat16 else feat.float()
+
+
 def _plain(tensor: Tensor, strided: bool = False) -> Tensor:
-    """What the kernels read: float32, without autograd, contiguous unless ``strided``."""
+    """Parameters as the kernels read them: float32, without autograd, contiguous unless ``strided``."""
     tensor = tensor.detach().float()
     return tensor if strided else tensor.contiguous()
 

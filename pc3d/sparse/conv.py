@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from pc3d.ops.conv import Epilogue
 from pc3d.ops.kernel_map import KernelMap, triple
 from pc3d.sparse import maps
 from pc3d.sparse.flows import planned_conv
@@ -21,6 +22,8 @@ from pc3d.voxels import Voxels
 
 class SparseConvolution(SparseModule):
     """Parameters of a sparse convolution; the subclasses say which voxels meet.
+
+    Every forward takes an ``epilogue``, what follows on the rows of the result (see :func:`pc3d.sparse.conv_norm_act`).
 
     Args:
         in_channels, out_channels: feature widths Cin and Cout.
@@ -46,9 +49,9 @@ class SparseConvolution(SparseModule):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def convolve(self, feat: Tensor, kernel_map: KernelMap) -> Tensor:
+    def convolve(self, feat: Tensor, kernel_map: KernelMap, epilogue: Epilogue | None = None) -> Tensor:
         """``(num_out, Cout)`` from ``(num_in, Cin)``."""
-        return planned_conv(feat, self.weight, kernel_map, self.bias)
+        return planned_conv(feat, self.weight, kernel_map, self.bias, epilogue)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
@@ -72,9 +75,9 @@ class SubMConv3d(SparseConvolution):
         super().__init__(in_channels, out_channels, kernel_size, bias)
         self.dilation = triple("dilation", dilation)
 
-    def forward(self, voxels: Voxels) -> Voxels:
+    def forward(self, voxels: Voxels, epilogue: Epilogue | None = None) -> Voxels:
         kernel_map = maps.submanifold(voxels, self.kernel_size, self.dilation)
-        return voxels.with_feat(self.convolve(voxels.feat, kernel_map))
+        return voxels.with_feat(self.convolve(voxels.feat, kernel_map, epilogue))
 
 
 class _WindowedConvolution(SparseConvolution):
@@ -103,9 +106,9 @@ class SparseConv3d(_WindowedConvolution):
     ``spatial_shape`` also drops outputs beyond its last full window, as spconv does.
     """
 
-    def forward(self, voxels: Voxels) -> Voxels:
+    def forward(self, voxels: Voxels, epilogue: Epilogue | None = None) -> Voxels:
         made = maps.strided(voxels, self.window)
-        return made.grid(voxels, self.convolve(voxels.feat, made.kernel_map))
+        return made.grid(voxels, self.convolve(voxels.feat, made.kernel_map, epilogue))
 
 
 class SparseConvTranspose3d(_WindowedConvolution):
@@ -118,11 +121,12 @@ class SparseConvTranspose3d(_WindowedConvolution):
         ValueError: if the stride of the grid, or of ``target``, does not fit this layer's.
     """
 
-    def forward(self, voxels: Voxels, target: Voxels | None = None) -> Voxels:
+    def forward(self, voxels: Voxels, target: Voxels | None = None, epilogue: Epilogue | None = None) -> Voxels:
         if target is not None:
-            return target.with_feat(self.convolve(voxels.feat, maps.transposed_onto(voxels, self.window, target)))
+            onto = maps.transposed_onto(voxels, self.window, target)
+            return target.with_feat(self.convolve(voxels.feat, onto, epilogue))
         made = maps.transposed(voxels, self.window)
-        return made.grid(voxels, self.convolve(voxels.feat, made.kernel_map))
+        return made.grid(voxels, self.convolve(voxels.feat, made.kernel_map, epilogue))
 
 
 class SparseInverseConv3d(SparseConvolution):
@@ -134,7 +138,7 @@ class SparseInverseConv3d(SparseConvolution):
         ValueError: if no strided layer made the grid, or one with another kernel size.
     """
 
-    def forward(self, voxels: Voxels) -> Voxels:
+    def forward(self, voxels: Voxels, epilogue: Epilogue | None = None) -> Voxels:
         made = maps.derivation(voxels)
         if made is None:
             raise ValueError(
@@ -146,4 +150,4 @@ class SparseInverseConv3d(SparseConvolution):
             raise ValueError(
                 f"inverse convolution with kernel {self.kernel_size} on a grid made with kernel {made_with}"
             )
-        return made.parent_grid(voxels, self.convolve(voxels.feat, made.kernel_map.inverse()))
+        return made.parent_grid(voxels, self.convolve(voxels.feat, made.kernel_map.inverse(), epilogue))

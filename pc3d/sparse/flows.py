@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pc3d.ops.backend import on_cpu_kernels
-from pc3d.ops.conv import Flows, sparse_conv
+from pc3d.ops.conv import Epilogue, Flows, sparse_conv
 from pc3d.ops.kernel_map import KernelMap
 from pc3d.sparse.dataflow import Pass
 from pc3d.sparse.table import Choice, choose
@@ -28,7 +28,9 @@ def flows_of(choices: Mapping[Pass, Choice]) -> Flows:
     return Flows(**{names[op]: choice.name for op, choice in choices.items()})
 
 
-def planned_conv(feat: Tensor, weight: Tensor, kernel_map: KernelMap, bias: Tensor | None) -> Tensor:
+def planned_conv(
+    feat: Tensor, weight: Tensor, kernel_map: KernelMap, bias: Tensor | None, epilogue: Epilogue | None = None
+) -> Tensor:
     """:func:`pc3d.ops.conv.sparse_conv` by the flows that the dataflow table, or the user, chose for the layer.
 
     Only the CPU kernels have flows to choose from; under ``torch.compile`` they keep their defaults.
@@ -36,4 +38,4 @@ def planned_conv(feat: Tensor, weight: Tensor, kernel_map: KernelMap, bias: Tens
     flows = None
     if not torch.compiler.is_compiling() and on_cpu_kernels(feat):
         flows = flows_of(choose(kernel_map, weight.shape[1], weight.shape[2], feat.dtype, "cpu"))
-    return sparse_conv(feat, weight, kernel_map, bias, flows)
+    return sparse_conv(feat, weight, kernel_map, bias, flows, epilogue)

@@ -1,4 +1,4 @@
-"""What sparse layers have in common, and the container that mixes them with ordinary layers."""
+"""What sparse layers have in common, and the wrapper of ordinary layers."""
 
 from __future__ import annotations
 
@@ -19,18 +19,9 @@ class SparseModule(nn.Module, abc.ABC):
     def forward(self, voxels: Voxels) -> Voxels: ...
 
 
-class SparseSequential(nn.Sequential, SparseModule):
-    """Layers one after the other: a :class:`SparseModule` gets the grid, any other layer its ``(M, C)`` features."""
-
-    def forward(self, voxels: Voxels) -> Voxels:
-        for layer in self:
-            voxels = layer(voxels) if isinstance(layer, SparseModule) else voxels.with_feat(layer(voxels.feat))
-        return voxels
-
-
 class FeatureWise(SparseModule):
     """An ordinary layer (norm, activation, dropout, linear) on the ``(M, C)`` features, for use outside a
-    :class:`SparseSequential`, which needs no wrapper."""
+    :class:`~pc3d.sparse.SparseSequential`, which needs no wrapper."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pc3d.ops.conv import sparse_conv
+from pc3d.ops.conv import Epilogue, sparse_conv
 from pc3d.ops.kernel_map import KernelMap, strided_map, submanifold_map
 from pc3d.ops.order import SoarOrder
 from pc3d.sparse.calibrate import model, ranked, time_pass
@@ -191,14 +191,12 @@ def _remembering(coord: list[Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], 
     return hook
 
 
-def _recording(
-    name: str, layer: SparseConvolution, coord: list[Tensor], calls: list[_Call]
-) -> Callable[[Tensor, KernelMap], Tensor]:
+def _recording(name: str, layer: SparseConvolution, coord: list[Tensor], calls: list[_Call]) -> Callable[..., Tensor]:
     own = layer.convolve
 
-    def convolve(feat: Tensor, kernel_map: KernelMap) -> Tensor:
+    def convolve(feat: Tensor, kernel_map: KernelMap, epilogue: Epilogue | None = None) -> Tensor:
         calls.append(_Call(name, layer, kernel_map, coord[0]))
-        return own(feat, kernel_map)
+        return own(feat, kernel_map, epilogue)
 
     return convolve
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pc3d.ops import conv
 from pc3d.ops.backend import cpu_kernels, use_backend
-from pc3d.ops.conv import sparse_conv
+from pc3d.ops.conv import Epilogue, sparse_conv
 from pc3d.ops.kernel_map import KernelMap, strided_map, submanifold_map
 
 SHAPES = [(1, 1), (2, 3), (3, 8), (4, 32), (5, 20), (8, 16), (16, 17), (33, 31), (64, 64), (65, 40), (96, 130)]
@@ -145,7 +145,7 @@ def test_instruction_sets_agree(kernels, transposed):
     outs, grads = {}, {}
     for isa in kernels.conv_isas():
         outs[isa], grads[isa] = torch.empty(kmap.num_out, 40), torch.empty(27, 65, 40)
-        kernels.conv_forward(feat, weight, bias, *plan, outs[isa], isa)
+        kernels.conv_forward(feat, weight, bias, *plan, outs[isa], isa=isa)
         kernels.conv_weight_grad(feat, outs[isa], kmap.in_rows, kmap.out_rows, kmap.offsets, grads[isa], isa)
     with use_backend("reference"):
         expected = sparse_conv(feat, weight, kmap, bias)
@@ -155,7 +155,58 @@ def test_instruction_sets_agree(kernels, transposed):
     if "avx512" in outs:
         assert torch.equal(outs["avx512"], outs["avx2"])
     with pytest.raises(ValueError, match="no 'mmx' kernels"):
-        kernels.conv_forward(feat, weight, bias, *plan, outs["generic"], "mmx")
+        kernels.conv_forward(feat, weight, bias, *plan, outs["generic"], isa="mmx")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["submanifold", "down", "one voxel", "empty", "no pairs"])
+@pytest.mark.parametrize("cout", [1, 16, 40, 130])
+def test_an_epilogue_equals_layers_of_their_own(kernels, dtype, name, cout):
+    kmap = MAPS[name]
+    feat, weight, bias = (t.detach().to(dtype) for t in operands(kmap, 9, cout))
+    generator = torch.Generator().manual_seed(2)
+    scale, shift = torch.randn(2, cout, generator=generator)
+    residual = torch.randn(kmap.num_out, cout, generator=generator).to(dtype)
+    for parts in ({"scale": scale, "shift": shift}, {"residual": residual}, {"relu": True}):
+        _check_epilogue(Epilogue(**parts), feat, weight, kmap, bias)
+    _check_epilogue(Epilogue(scale, shift, residual, True), feat, weight, kmap, bias)
+
+
+def _check_epilogue(epilogue: Epilogue, feat: Tensor, weight: Tensor, kmap: KernelMap, bias: Tensor) -> None:
+    layers = epilogue(sparse_conv(feat, weight, kmap, bias))
+    with torch.no_grad():
+        fused = sparse_conv(feat, weight, kmap, bias, epilogue=epilogue)
+    assert_close(fused, layers, 1e-6 if feat.dtype == torch.float32 else 2e-2)
+    with_gradient = sparse_conv(feat, weight.requires_grad_(), kmap, bias, epilogue=epilogue)
+    assert torch.equal(with_gradient, layers)
+    assert with_gradient.requires_grad
+
+
+def test_not_a_number_passes_an_epilogue(kernels):
+    kmap = MAPS["pointwise"]
+    feat = torch.ones(kmap.num_in, 8, dtype=torch.bfloat16)
+    feat[3] = torch.nan
+    feat[4] = torch.inf
+    with torch.no_grad():
+        out = sparse_conv(feat, torch.eye(8, dtype=torch.bfloat16)[None], kmap, epilogue=Epilogue(relu=True))
+    assert out[3].isnan().all()
+    assert out[4].isnan().all()  # inf * 0
+    assert torch.equal(out[5:], feat[5:])
+
+
+@pytest.mark.parametrize("cin", [7, 8, 40])
+def test_bfloat16_is_read_exactly_and_rounded_once(kernels, cin):
+    """Ties, subnormal and huge values included."""
+    kmap = MAPS["pointwise"]
+    feat = torch.randint(-(2**15), 2**15, (kmap.num_in, cin), generator=torch.Generator().manual_seed(0))
+    feat = feat.short().view(torch.bfloat16)
+    feat[~feat.isfinite()] = 1.0
+    for factor in (1.0, 1 + 2**-9, 3 * 2**-9):
+        wide = sparse_conv(feat.float(), factor * torch.eye(cin)[None], kmap)
+        plan = conv._plans(feat, kmap)[0]
+        out = torch.empty(kmap.num_out, cin, dtype=torch.bfloat16)
+        kernels.conv_forward(feat, factor * torch.eye(cin)[None], None, *plan, out)
+        assert torch.equal(out, wide.bfloat16())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
