@@ -310,7 +310,8 @@ def _legend(figure: Figure, ids: NDArray, names: Sequence[str], colors: Palette)
     if (ids < 0).any():
         entries.append(("unlabelled", np.array(UNLABELLED)))
     handles = [Patch(color=tuple(color / 255), label=name) for name, color in entries]
-    columns = math.ceil(len(handles) / math.ceil(len(handles) / 12)) if handles else 1
+    fitting = max(int(figure.get_figwidth() / 1.7), 1)
+    columns = math.ceil(len(handles) / math.ceil(len(handles) / fitting)) if handles else 1
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=12)
 
 
