@@ -3,6 +3,7 @@
 
 namespace pc3d {
 void register_conv(nanobind::module_ &m);
+void register_depthwise(nanobind::module_ &m);
 void register_graph(nanobind::module_ &m);
 void register_kernel_map(nanobind::module_ &m);
 void register_scan(nanobind::module_ &m);

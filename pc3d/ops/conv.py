@@ -115,7 +115,7 @@ def sparse_conv(
         feat, weight, bias = feat.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if feat.dtype != weight.dtype:
         raise ValueError(f"feat is {feat.dtype}, weight {weight.dtype}: cast one of them, or use autocast")
-    plan, inverse_plan = _plans(feat, kmap)
+    plan, inverse_plan = conv_plans(feat, kmap)
     chosen = ",".join(astuple(flows or Flows()))
     rows = kmap.in_rows, kmap.out_rows, kmap.offsets
     if epilogue is not None and _fuses(feat, plan, chosen):
@@ -164,7 +164,7 @@ def _sparse_conv(
     inverse_plan: Plan,
     flows: str,
 ) -> Tensor:
-    if _planned_for_triton(plan):
+    if planned_for_triton(plan):
         from pc3d.ops import conv_triton
 
         return conv_triton.forward(
@@ -175,7 +175,7 @@ def _sparse_conv(
     wide = _accumulation_dtype(feat.dtype)
     out = feat.new_zeros(num_out, weight.shape[2], dtype=wide)
     with _exact_sums(feat):
-        for k, (start, end) in enumerate(_runs(offsets)):
+        for k, (start, end) in enumerate(pair_runs(offsets)):
             if start < end:
                 product = feat[in_rows[start:end]].to(wide) @ weight[k].to(wide)
                 out.index_add_(0, out_rows[start:end], product)
@@ -196,7 +196,7 @@ def _weight_grad(
     flows: str,
 ) -> Tensor:
     """``(K, Cin, Cout)``: ``sum feat[i]^T grad[o]`` over the pairs of each kernel offset."""
-    if _planned_for_triton(plan):
+    if planned_for_triton(plan):
         from pc3d.ops import conv_triton
 
         return conv_triton.weight_grad(feat.detach(), grad.detach(), in_rows, out_rows, plan)
@@ -209,7 +209,7 @@ def _weight_grad(
     wide = _accumulation_dtype(feat.dtype)
     out = feat.new_zeros(len(offsets) - 1, feat.shape[1], grad.shape[1], dtype=wide)
     with _exact_sums(feat):
-        for k, (start, end) in enumerate(_runs(offsets)):
+        for k, (start, end) in enumerate(pair_runs(offsets)):
             if start < end:
                 out[k] = feat[in_rows[start:end]].to(wide).T @ grad[out_rows[start:end]].to(wide)
     return out.to(feat.dtype)
@@ -316,7 +316,7 @@ _weight_grad.register_autograd(_weight_grad_backward, setup_context=_weight_grad
 _sum_rows.register_autograd(_sum_rows_backward, setup_context=_sum_rows_setup)
 
 
-def _plans(feat: Tensor, kmap: KernelMap) -> tuple[Plan, Plan]:
+def conv_plans(feat: Tensor, kmap: KernelMap) -> tuple[Plan, Plan]:
     """Plans of the map and of its inverse, which only gradients need; empty where the reference serves ``feat``."""
     if feat.dtype in _KERNEL_DTYPES and on_triton(feat, kmap.in_rows):
         from pc3d.ops.conv_triton import kernel_map_plans
@@ -336,7 +336,7 @@ def _plans(feat: Tensor, kmap: KernelMap) -> tuple[Plan, Plan]:
     return plan, kmap.plans["conv_inverse"]
 
 
-def _planned_for_triton(plan: Plan) -> bool:
+def planned_for_triton(plan: Plan) -> bool:
     return len(plan) == 7  # the C++ kernels' plans have three parts, the reference's none
 
 
@@ -376,7 +376,7 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def _runs(offsets: Tensor) -> Iterator[tuple[int, int]]:
+def pair_runs(offsets: Tensor) -> Iterator[tuple[int, int]]:
     return itertools.pairwise(offsets.tolist())
 
 

@@ -209,9 +209,8 @@ def weight_grad(feat: Tensor, grad: Tensor, in_rows: Tensor, out_rows: Tensor, p
     feat, grad = feat.contiguous(), grad.contiguous()
     cin, cout, volume = feat.shape[1], grad.shape[1], len(pointer) - 1
     partial = feat.new_empty(len(begin), cin, cout, dtype=torch.float32)
-    out = feat.new_zeros(volume, cin, cout, dtype=torch.float32)
-    if len(begin) == 0 or out.numel() == 0:
-        return out.to(feat.dtype)
+    if partial.numel() == 0:
+        return feat.new_zeros(volume, cin, cout)
 
     def launch(blocks: tuple[int, ...]) -> None:
         left, right, pairs, warps = blocks
@@ -222,9 +221,16 @@ def weight_grad(feat: Tensor, grad: Tensor, in_rows: Tensor, out_rows: Tensor, p
 
     key = ("weight_grad", cin, cout, len(in_rows).bit_length(), str(feat.dtype), _precision(feat))
     launch(_GRADIENT_BLOCKS[0] if INTERPRETED else fastest(key, _GRADIENT_BLOCKS, launch, feat.device))
-    block = 1024
-    _sum_chunks_kernel[volume, triton.cdiv(cin * cout, block)](partial, out, pointer, cin * cout, BLOCK=block)
-    return out.to(feat.dtype)
+    return sum_chunks(partial, pointer).to(feat.dtype)
+
+
+def sum_chunks(partial: Tensor, chunk_ptr: Tensor) -> Tensor:
+    """``(K, ...)`` float32 sums of the partial gradients ``(chunks, ...)`` of every kernel offset, in their order."""
+    out = partial.new_zeros(len(chunk_ptr) - 1, *partial.shape[1:])
+    if partial.numel():
+        size, block = out[0].numel(), 1024
+        _sum_chunks_kernel[len(out), triton.cdiv(size, block)](partial, out, chunk_ptr, size, BLOCK=block)
+    return out
 
 
 def _precision(feat: Tensor) -> Any:

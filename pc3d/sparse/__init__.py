@@ -1,6 +1,7 @@
 """Layers on sparse voxels: convolutions, pooling, the kernel maps they share and the order voxels lie in."""
 
 from pc3d.sparse.conv import (
+    DepthwiseSubMConv3d,
     SparseConv3d,
     SparseConvolution,
     SparseConvTranspose3d,
@@ -17,6 +18,7 @@ from pc3d.sparse.sequence import SparseSequential, VoxelBatchNorm, conv_norm_act
 __all__ = [
     "BlockSoarOrder",
     "CurveOrder",
+    "DepthwiseSubMConv3d",
     "FeatureWise",
     "SoarOrder",
     "SparseAvgPool3d",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pc3d.ops.conv import Epilogue
+from pc3d.ops.depthwise import depthwise_conv
 from pc3d.ops.kernel_map import KernelMap, triple
 from pc3d.sparse import maps
 from pc3d.sparse.flows import planned_conv
@@ -78,6 +79,44 @@ class SubMConv3d(SparseConvolution):
     def forward(self, voxels: Voxels, epilogue: Epilogue | None = None) -> Voxels:
         kernel_map = maps.submanifold(voxels, self.kernel_size, self.dilation)
         return voxels.with_feat(self.convolve(voxels.feat, kernel_map, epilogue))
+
+
+class DepthwiseSubMConv3d(SparseModule):
+    """Submanifold convolution with a filter per channel: ``out[c] = sum_k w_k * in[c + k - kernel_size // 2] + bias``.
+
+    Args:
+        channels: width C of input and output.
+        kernel_size, dilation: as for :class:`SubMConv3d`, whose maps it shares.
+        bias: add a learned ``(C,)``.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int | Sequence[int] = 3,
+        dilation: int | Sequence[int] = 1,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.channels = channels
+        self.kernel_size = triple("kernel_size", kernel_size)
+        self.dilation = triple("dilation", dilation)
+        self.weight = nn.Parameter(torch.empty(math.prod(self.kernel_size), channels))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform in ``+-1 / sqrt(K)``, weight and bias: one input channel per filter."""
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -1 / math.sqrt(len(self.weight)), 1 / math.sqrt(len(self.weight)))
+
+    def forward(self, voxels: Voxels) -> Voxels:
+        kernel_map = maps.submanifold(voxels, self.kernel_size, self.dilation)
+        return voxels.with_feat(depthwise_conv(voxels.feat, self.weight, kernel_map, self.bias))
+
+    def extra_repr(self) -> str:
+        text = f"{self.channels}, kernel_size={self.kernel_size}"
+        return text if self.bias is not None else f"{text}, bias=False"
 
 
 class _WindowedConvolution(SparseConvolution):

@@ -94,7 +94,7 @@ def test_kernels_equal_the_reference(kernels, name, cin, cout):
 
 def test_the_fast_path_is_taken(kernels, monkeypatch):
     """Otherwise every comparison here would compare the reference with itself."""
-    monkeypatch.setattr(conv, "_runs", lambda offsets: pytest.fail("the reference ran"))
+    monkeypatch.setattr(conv, "pair_runs", lambda offsets: pytest.fail("the reference ran"))
     for name in ("submanifold", "down"):
         run(MAPS[name], *operands(MAPS[name], 4, 8))
 
@@ -203,7 +203,7 @@ def test_bfloat16_is_read_exactly_and_rounded_once(kernels, cin):
     feat[~feat.isfinite()] = 1.0
     for factor in (1.0, 1 + 2**-9, 3 * 2**-9):
         wide = sparse_conv(feat.float(), factor * torch.eye(cin)[None], kmap)
-        plan = conv._plans(feat, kmap)[0]
+        plan = conv.conv_plans(feat, kmap)[0]
         out = torch.empty(kmap.num_out, cin, dtype=torch.bfloat16)
         kernels.conv_forward(feat, factor * torch.eye(cin)[None], None, *plan, out)
         assert torch.equal(out, wide.bfloat16())
@@ -296,7 +296,7 @@ def test_registration_of_the_operator(backend):
     kmap = submanifold_map(random_coord(200, extent=4), (3, 3, 3))
     feat, weight, bias = operands(kmap, 5, 6)
     with use_backend(backend):
-        plans = conv._plans(feat, kmap)
+        plans = conv.conv_plans(feat, kmap)
         pairs = (kmap.in_rows, kmap.out_rows, kmap.offsets)
         torch.library.opcheck(conv._sparse_conv, (feat, weight, bias, *pairs, kmap.num_out, *plans, "os,os,fod"))
         torch.library.opcheck(conv._weight_grad, (feat, torch.randn(kmap.num_out, 6), *pairs, *plans, "os,os,fod"))
