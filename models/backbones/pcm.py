@@ -7,10 +7,11 @@ traverse the paper describes, and no cloud depends on its batch mates.
 
 from __future__ import annotations
 
+import operator
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Literal
 
 import torch
@@ -205,7 +206,7 @@ class PointCloudMamba(Backbone):
         self.prompt_orders = tuple(dict.fromkeys(orders))
         self.order_prompt = nn.Embedding(len(self.prompt_orders) * prompts, _PROMPT_WIDTH) if prompts else None
         self.prompts = prompts
-        rates = [0.0, *torch.linspace(0, drop_path, sum(layers)).tolist()]
+        rates = [0.0, *torch.linspace(0, drop_path, sum(layers), device="cpu").tolist()]
         widths, self.stages, first = [embed_channels, *channels], nn.ModuleList(), 0
         for i, count in enumerate(layers):
             used = slice(first, first + count)
@@ -224,7 +225,7 @@ class PointCloudMamba(Backbone):
             )
             first += count
         scale_output_layers(self.stages, sum(layers))
-        strides = torch.tensor(reducers).cumprod(0).tolist()
+        strides = list(accumulate(reducers, operator.mul))
         stages = enumerate(zip(channels, strides, strict=True))
         self.feature_info = [FeatureInfo(f"stage{i}", width, stride) for i, (width, stride) in stages]
         self.decoder = None if decoder is None else Decoder(widths, decoder, context_channels, categories)

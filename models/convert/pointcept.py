@@ -16,6 +16,7 @@ from pc3d.nn import Backbone
 from pc3d.sparse import SparseConvolution
 
 _HEAD = "seg_head."
+_MASK_TOKEN = "backbone.embedding.mask_token"
 
 
 def import_pointcept(
@@ -29,7 +30,8 @@ def import_pointcept(
     Args:
         checkpoint: the state, or a mapping with the state under ``"state_dict"``. Of a segmentation file (keys with
             ``backbone.`` and ``seg_head.``) all is used, of a pre-training file the student. Keys may begin with
-            ``module.``; release files have no prefix at all.
+            ``module.``; release files have no prefix at all. The token of masked points is left out if the backbone
+            has none.
         backbone: network of the checkpoint's settings.
         head: gets the published ``seg_head``; without a head only the backbone is read.
         layout: how the kernels are stored; None detects it from their shapes.
@@ -43,6 +45,8 @@ def import_pointcept(
     """
     stored = _select(checkpoint, with_head=head is not None)
     network = _network(backbone, head)
+    if _MASK_TOKEN not in network.state_dict():
+        stored.pop(_MASK_TOKEN, None)  # pre-training alone has masks
     if layout is None:
         convs = {name: conv for name, conv in _convs(network).items() if name in stored}
         layout = detect_layout(stored, convs)
