@@ -7,7 +7,7 @@ Modules carry the names of the published checkpoints; :mod:`pc3d.models.convert`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 
 from torch import Tensor, nn
@@ -31,6 +31,15 @@ from pc3d.nn.serialized import (
 )
 from pc3d.ops.serialize import CURVES, Curve
 from pc3d.sparse import SubMConv3d
+
+
+@dataclass(frozen=True)
+class HybridStage(Stage):
+    """A stage whose blocks convolve, attend, or both; with the base of its rotary frequencies."""
+
+    conv: bool
+    attn: bool
+    rope_freq: float
 
 
 class CellRope(nn.Module):
@@ -165,14 +174,13 @@ class LitePT(SerializedUNet):
         checkpoint_blocks: bool = False,
     ) -> None:
         super().__init__()
-        encoder = stages("enc", enc_depths, enc_channels, enc_num_head, enc_patch_size)
-        decoder = [] if enc_mode else stages("dec", dec_depths, dec_channels, dec_num_head, dec_patch_size)
-        _check("enc", encoder, enc_conv, enc_attn, enc_rope_freq)
-        if decoder:
-            _check("dec", decoder, dec_conv, dec_attn, dec_rope_freq)
-            for s, (attends, serialized) in enumerate(zip(dec_attn, enc_attn, strict=False)):
-                if attends and not serialized:
-                    raise InputError(f"LitePT: dec_attn[{s}] needs enc_attn[{s}]: that stage is not serialized")
+        enc = enc_depths, enc_channels, enc_num_head, enc_patch_size
+        dec = dec_depths, dec_channels, dec_num_head, dec_patch_size
+        encoder = _stages("enc", *enc, enc_conv, enc_attn, enc_rope_freq)
+        decoder = [] if enc_mode else _stages("dec", *dec, dec_conv, dec_attn, dec_rope_freq)
+        for s, (stage, skipped) in enumerate(zip(decoder, encoder, strict=False)):
+            if stage.attn and not skipped.attn:
+                raise InputError(f"LitePT: dec_attn[{s}] needs enc_attn[{s}]: that stage is not serialized")
         self.in_channels = in_channels
         self.curves = tuple(order) if enc_attn[0] else ()
         self.shuffle_orders = shuffle_orders
@@ -181,26 +189,21 @@ class LitePT(SerializedUNet):
         self.upcast_levels = upcast_levels
         self.checkpoint_blocks = checkpoint_blocks
 
-        def block(stage: Stage, index: int, rate: float, in_decoder: bool) -> HybridBlock:
-            part = decoder if in_decoder else encoder
-            number = next(s for s, other in enumerate(part) if other is stage)
-            conv, attn, base = (
-                (dec_conv, dec_attn, dec_rope_freq) if in_decoder else (enc_conv, enc_attn, enc_rope_freq)
-            )
+        def block(stage: HybridStage, index: int, rate: float, in_decoder: bool) -> HybridBlock:
             attention = None
-            if attn[number]:
+            if stage.attn:
                 attention = SerializedAttention(
                     stage.channels,
                     stage.num_heads,
                     stage.window_size,
                     order=index,
                     qkv_bias=qkv_bias,
-                    rope=CellRope(stage.channels // stage.num_heads, base[number]),
+                    rope=CellRope(stage.channels // stage.num_heads, stage.rope_freq),
                     upcast=upcast_attention,
                     equal_windows=equal_windows,
                     backend=attention_backend,
                 )
-            return HybridBlock(stage.channels, conv[number], attention, rate, mlp_ratio)
+            return HybridBlock(stage.channels, stage.conv, attention, rate, mlp_ratio)
 
         def down(index: int, narrow: int, wide: int) -> GridPooling:
             curves = tuple(order) if enc_attn[index + 1] else ()
@@ -267,16 +270,26 @@ class LitePT(SerializedUNet):
         )
 
 
-def _check(
-    name: str, part: Sequence[Stage], conv: Sequence[bool], attn: Sequence[bool], bases: Sequence[float]
-) -> None:
-    if not len(part) == len(conv) == len(attn) == len(bases):
+def _stages(
+    name: str,
+    depths: Sequence[int],
+    channels: Sequence[int],
+    heads: Sequence[int],
+    windows: Sequence[int],
+    conv: Sequence[bool],
+    attn: Sequence[bool],
+    bases: Sequence[float],
+) -> list[HybridStage]:
+    plain = stages(name, depths, channels, heads, windows)
+    if not len(plain) == len(conv) == len(attn) == len(bases):
         raise InputError(
             f"LitePT: {name}_conv, {name}_attn and {name}_rope_freq must have one entry per stage, got {len(conv)}, "
-            f"{len(attn)} and {len(bases)} for {len(part)}"
+            f"{len(attn)} and {len(bases)} for {len(plain)}"
         )
-    for s, stage in enumerate(part):
-        if stage.depth and not (conv[s] or attn[s]):
+    made = [HybridStage(*astuple(stage), *kind) for stage, *kind in zip(plain, conv, attn, bases, strict=True)]
+    for s, stage in enumerate(made):
+        if stage.depth and not (stage.conv or stage.attn):
             raise InputError(
                 f"LitePT: the blocks of {name}{s} neither convolve nor attend: set {name}_conv or {name}_attn"
             )
+    return made

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ from pc3d.sparse import SubMConv3d
 from pc3d.voxels import Voxels
 
 NormFactory = Callable[[int], nn.Module]
+
+AnyStage = TypeVar("AnyStage", bound="Stage")
 
 DeterministicOrders = bool | Literal["eval"]
 """Whether orders stay as they are instead of being shuffled: always (True), never (False), or in evaluation mode only.
@@ -469,8 +471,9 @@ def _shuffled(serialization: Serialization, deterministic: DeterministicOrders, 
 # The network ---------------------------------------------------------------------------------------------------------
 
 
-class Stage(NamedTuple):
-    """One stage of the encoder or decoder."""
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the encoder or decoder: blocks, width, heads and points per window."""
 
     depth: int
     channels: int
@@ -513,12 +516,12 @@ class SerializedUNet(Backbone):
 
     def build(
         self,
-        encoder: Sequence[Stage],
-        decoder: Sequence[Stage],
+        encoder: Sequence[AnyStage],
+        decoder: Sequence[AnyStage],
         strides: Sequence[int],
         drop_path: float,
         down: Callable[[int, int, int], nn.Module],
-        block: Callable[[Stage, int, float, bool], nn.Module],
+        block: Callable[[AnyStage, int, float, bool], nn.Module],
         up: Callable[[int, int, int], nn.Module],
     ) -> None:
         """Make the stages.
@@ -639,7 +642,7 @@ def upcast(tokens: Tokens, levels: int | None = None) -> Tensor:
     return feat
 
 
-def _rates(stages: Sequence[Stage], largest: float) -> list[list[float]]:
+def _rates(stages: Sequence[AnyStage], largest: float) -> list[list[float]]:
     """Probability of stochastic depth of each block."""
     depths = [stage.depth for stage in stages]
     rates = torch.linspace(0, largest, sum(depths), device="cpu")

@@ -16,13 +16,16 @@ from pc3d.losses import CrossEntropy, Lovasz
 from pc3d.models.convert import export_pointcept, import_pointcept
 from pc3d.nn.serialized import SerializedUNet, Tokens
 
-IGNORED = {"enable_flash", "upcast_softmax", "traceable"}  # of the published configs: the last two change no number
+# Of the published configs: settings that change no number, and those of which there is one value in all checkpoints.
+IGNORED = {"enable_flash", "upcast_softmax", "traceable", "freeze_encoder"}
+FIXED = {"qk_scale": None, "attn_drop": 0.0, "proj_drop": 0.0, "pre_norm": True, "cls_mode": False}
 
 
 def config_of(golden: Golden) -> dict[str, Any]:
     """The recorded config in the arguments of the backbone; orders are shuffled as the recorded permutations say."""
     recorded = golden.meta["config"]
-    config = {name: value for name, value in recorded.items() if name not in IGNORED}
+    assert all(recorded[name] == value for name, value in FIXED.items() if name in recorded)
+    config = {name: value for name, value in recorded.items() if name not in IGNORED | FIXED.keys()}
     return {**config, "equal_windows": not recorded.get("enable_flash", True), "deterministic_orders": False}
 
 

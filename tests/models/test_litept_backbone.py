@@ -1,4 +1,4 @@
-"""LitePT: published sizes, clouds of every size, shared angles, settings that do not fit."""
+"""LitePT: published sizes, where it is serialized, settings that do not fit; the rest with the other transformers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.testing import assert_close
 
 from pc3d import InputError, Points
 from pc3d.models import LitePT
@@ -60,26 +59,6 @@ def clouds(*counts: int, size: int = 12) -> Points:
 def test_published_parameter_counts(make: Any, parameters: int) -> None:
     with torch.device("meta"):
         assert sum(p.numel() for p in make().parameters()) == parameters
-
-
-def test_a_cloud_does_not_depend_on_its_batch_mates() -> None:
-    net, batch = build().eval(), clouds(40, 0, 9, 1, 200)
-    together = net(batch)
-    assert together.shape == (250, net.out_channels)
-    assert_close(together, torch.cat([net(batch[i]) for i in range(len(batch))]), rtol=1e-4, atol=1e-5)
-    rows = torch.randperm(200, generator=torch.Generator().manual_seed(1))
-    cloud = batch[4]
-    shuffled = Points(
-        cloud.coord[rows], cloud.offsets, {name: cloud.get(name)[rows] for name in ("feat", "grid_coord")}
-    )
-    assert_close(net(shuffled), net(cloud)[rows], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("count", [1, 7, 8, 9, 17])
-def test_every_number_of_points_around_a_window(count: int) -> None:
-    net, points = build().train(), clouds(count, 30)
-    net(points).square().sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
 
 
 def test_only_levels_with_attention_are_serialized(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""PTv3, Sonata and Utonia: published sizes, contracts of a backbone, clouds of every size, flags."""
+"""PTv3, Sonata, Utonia and LitePT: published sizes, contracts of a backbone, clouds of every size, flags."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from pc3d import InputError, Points
 from pc3d.config import instantiate
-from pc3d.models import PTv3, Sonata, Utonia
+from pc3d.models import LitePT, PTv3, Sonata, Utonia
 from pc3d.models.convert import export_pointcept, import_pointcept
 from pc3d.nn import serialized
 from pc3d.nn.serialized import SerializedUNet
@@ -25,14 +25,27 @@ TINY: dict[str, Any] = {
     "stride": (2, 2),
     "enc_depths": (1, 2, 1),
     "enc_channels": (12, 24, 36),
-    "enc_num_head": (2, 2, 3),
+    "enc_num_head": (2, 4, 3),
     "enc_patch_size": (K, K, K),
     "dec_depths": (1, 1),
     "dec_channels": (12, 24),
     "dec_num_head": (2, 4),
     "dec_patch_size": (K, K),
 }
-MODELS = [PTv3, Sonata, Utonia]
+OWN: dict[type[SerializedUNet], dict[str, Any]] = {
+    PTv3: {},
+    Sonata: {"enc_mode": False},
+    Utonia: {"enc_mode": False},
+    LitePT: {
+        "enc_conv": (True, True, False),
+        "enc_attn": (False, True, True),
+        "enc_rope_freq": (100, 100, 100),
+        "dec_conv": (True, False),
+        "dec_attn": (False, True),
+        "dec_rope_freq": (100, 100),
+    },
+}
+MODELS = list(OWN)
 
 
 def clouds(*counts: int, size: int = 12, seed: int = 0) -> Points:
@@ -46,8 +59,7 @@ def clouds(*counts: int, size: int = 12, seed: int = 0) -> Points:
 
 def build(model: type[SerializedUNet], **options: Any) -> SerializedUNet:
     torch.manual_seed(0)
-    defaults = {} if model is PTv3 else {"enc_mode": False}
-    return model(**{**TINY, **defaults, **options})
+    return model(**{**TINY, **OWN[model], **options})
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -349,11 +361,11 @@ def test_bad_input() -> None:
         build(Utonia, jitter_coords=0.5)
 
 
-@pytest.mark.parametrize("model", [PTv3, Utonia])
+@pytest.mark.parametrize("model", [PTv3, LitePT])
 def test_dense_part_of_a_block_compiles_without_a_graph_break(model: type[SerializedUNet]) -> None:
     net, points = build(model).eval(), clouds(70, 3)
     expected = net(points)
-    for block in (net.enc["enc1"]["block1"], net.dec["dec0"]["block0"]):
+    for block in (net.enc["enc1"]["block1"], net.enc["enc2"]["block0"]):
         block.attn.compile(backend="eager", fullgraph=True, dynamic=True)
         block.mlp.compile(backend="eager", fullgraph=True, dynamic=True)
     assert_close(net(points), expected, rtol=1e-5, atol=1e-6)
