@@ -46,6 +46,7 @@ class S3DIS(SceneDataset):
         if not set(areas) | {test_area} <= set(range(1, 7)) or test_area in areas:
             raise InputError(f"S3DIS: train_areas {areas} and test_area {test_area} must be different areas of 1..6")
         self.class_names = list(CLASSES)
+        self.things = [True] * len(CLASSES)
         self._areas: dict[Split, list[int]] = {"train": areas, "val": [test_area], "test": [test_area]}
 
     def list_raw(self, split: Split) -> list[Scene] | None:

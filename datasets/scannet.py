@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pc3d.data.dataset import IGNORE, Split
+from pc3d.data.dataset import IGNORE, Split, map_labels
+from pc3d.data.prediction import Prediction
 from pc3d.datasets.meta import facts
 from pc3d.datasets.scenes import Scene, SceneDataset
 from pc3d.errors import InputError
-from pc3d.io import read
+from pc3d.io import read, scannet
 from pc3d.io.ply import read_faces
+from pc3d.metrics import Instances
 from pc3d.points import Points
 
 
@@ -46,6 +48,7 @@ class ScanNet(SceneDataset):
         self.codes = [code for code, *_ in rows]
         self.label_map = {code: i for i, code in enumerate(self.codes)}
         self._palette = [tuple(rgb) for _, _, *rgb in rows]
+        self.things = [name not in ("wall", "floor") for name in self.class_names]
         self.label_assets = (f"segment{classes}", f"segment{220 - classes}")
 
     @property
@@ -85,6 +88,32 @@ class ScanNet(SceneDataset):
             missing = "segs.json" if segments is None else "aggregation.json"
             raise InputError(f"{scene.raw}: {scene.name}*.{missing} is missing: the scene has no labels")
         return Points(points.coord, attrs=attrs, meta=points.meta)
+
+    def save_prediction(self, folder: Path, cloud: Points, prediction: Prediction) -> Path:
+        """As the benchmark takes it: ``semantic/<scene>.txt``, and ``instance/<scene>.txt`` beside its masks."""
+        codes, name, found = torch.tensor([*self.codes, 0]), cloud.meta[0]["name"], prediction.instances
+        written = scannet.write_semantic(folder / "semantic" / f"{name}.txt", codes[prediction.segment.cpu()])
+        if found is not None:
+            masks = found.rows.cpu().split(found.sizes.tolist())
+            ids = [self.codes[label] for label in found.classes.tolist()]
+            scannet.write_instances(
+                folder / "instance" / f"{name}.txt", masks, ids, found.scores.tolist(), cloud.num_points
+            )
+        return written
+
+    def load_prediction(self, folder: Path, cloud: Points) -> Prediction:
+        """From :meth:`save_prediction`, or any submission in these two folders; other label ids count as nothing."""
+        assert self.label_map is not None
+        name, count = cloud.meta[0]["name"], cloud.num_points
+        path = folder / "semantic" / f"{name}.txt"
+        segment = map_labels(scannet.read_semantic(path, count), self.label_map, str(path), "label", unknown="ignore")
+        if not (folder / "instance").is_dir():
+            return Prediction(segment)
+        masks, ids, scores = scannet.read_instances(folder / "instance" / f"{name}.txt", count)
+        classes = torch.tensor([self.label_map.get(code, IGNORE) for code in ids], dtype=torch.int64)
+        borders = torch.tensor([0, *map(len, masks)]).cumsum(0)
+        rows = torch.cat([*masks, torch.empty(0, dtype=torch.int64)])
+        return Prediction(segment, Instances(rows, borders, classes, torch.tensor(scores)).take(classes >= 0))
 
     def _labels(self, points: Points, segments: Path, groups: Path) -> dict[str, Tensor]:
         segment = np.asarray(_json(segments, "segIndices"))

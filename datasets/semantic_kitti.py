@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from pc3d.data.dataset import IGNORE, Split, map_labels
+from pc3d.data.prediction import Prediction
 from pc3d.datasets.meta import facts
 from pc3d.datasets.scenes import Scene, SceneDataset
 from pc3d.errors import InputError
-from pc3d.io import read, read_labels
+from pc3d.io import read, read_labels, write_labels
+from pc3d.metrics import Instances
 from pc3d.points import Points
 
 
@@ -53,6 +55,7 @@ class SemanticKITTI(SceneDataset):
         table = known["single_scan" if classes == 19 else "multi_scan"]
         self.label_map = {int(raw): number - 1 for raw, number in table["train"].items()}
         self.codes = [table["raw"][str(i + 1)] for i in range(classes)]
+        self.things = [i < 8 or i >= 19 for i in range(classes)]
         self.class_names = [known["names"][str(code)] for code in self.codes]
         self._palette = [tuple(reversed(known["bgr"][str(code)])) for code in self.codes]
         for entry in (*(train or ()), *(val or ()), *(test or ())):
@@ -133,10 +136,45 @@ class SemanticKITTI(SceneDataset):
         segment = map_labels(codes, self.label_map, str(labels), "label")
         return points.with_attrs(segment=segment, instance=torch.where(instance > 0, instance, -1))
 
+    def save_prediction(self, folder: Path, cloud: Points, prediction: Prediction) -> Path:
+        """As the benchmark takes it: ``sequences/<nn>/predictions/<nnnnnn>.label``, for the newest scan of a cloud.
+
+        With instances a point has the class of the instance it is in, whose number goes into the upper half.
+        """
+        now, segment, number = self._newest(cloud), prediction.segment.cpu(), None
+        if (found := prediction.instances) is not None:
+            instance = found.labels(len(segment)).cpu()
+            segment = torch.where(instance >= 0, found.classes.cpu()[instance], segment)
+            number = instance[now] + 1
+        return write_labels(_prediction_path(folder, cloud), self.raw_labels(segment[now]), number)
+
+    def load_prediction(self, folder: Path, cloud: Points) -> Prediction:
+        path, now = _prediction_path(folder, cloud), self._newest(cloud)
+        assert self.label_map is not None
+        codes, number = read_labels(path, int(now.sum()))
+        segment, instance = torch.full((2, cloud.num_points), IGNORE)
+        segment[now] = map_labels(codes, self.label_map, str(path), "label", unknown="ignore")
+        keys, inverse = torch.stack([segment[now], number], 1).unique(dim=0, return_inverse=True)
+        kept = (keys[:, 0] >= 0) & (keys[:, 1] > 0)
+        if not bool(kept.any()):
+            return Prediction(segment)
+        instance[now] = torch.where(kept, kept.cumsum(0) - 1, -1)[inverse]
+        return Prediction(segment, Instances.of(instance, keys[kept, 0], torch.ones(int(kept.sum()))))
+
+    @staticmethod
+    def _newest(cloud: Points) -> Tensor:
+        """``(N,)`` bool, the points of the scan itself, not of those before it."""
+        return cloud.get("time")[:, 0] == 0 if "time" in cloud else torch.ones(cloud.num_points, dtype=torch.bool)
+
     def raw_labels(self, classes: Tensor) -> Tensor:
         """``(N,)`` int64 official ids of class numbers, for ``.label`` files; 0 where there is no class."""
         codes = torch.tensor([*self.codes, 0])
         return codes[torch.where(classes >= 0, classes, len(self.codes)).cpu()]
+
+
+def _prediction_path(folder: Path, cloud: Points) -> Path:
+    sequence, _, scan = cloud.meta[0]["name"].partition("_")
+    return folder / "sequences" / sequence / "predictions" / f"{scan}.label"
 
 
 def _label_path(scan: Path) -> Path:

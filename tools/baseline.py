@@ -74,7 +74,8 @@ def load_data(config: str, overrides: Sequence[str]) -> PointDataModule:
 
 def raw_clouds(data: PointDataModule, split: str) -> list[Points]:
     """The clouds of a split as they are in their files, labels mapped to classes."""
-    return [data.dataset.load(split, index) for index in range(data.dataset.size(split))]
+    stored = data.stored_split(split)
+    return [data.dataset.load(stored, index) for index in range(data.dataset.size(stored))]
 
 
 def common_attributes(clouds: Sequence[Points]) -> list[str]:

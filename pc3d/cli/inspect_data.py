@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pc3d.cli.parser import Parser
+from pc3d.cli.parser import Parser, split_overrides
 from pc3d.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,11 +30,7 @@ def main(arguments: list[str]) -> int:
         "--clouds", type=int, default=10, metavar="N", help="clouds of each split looked at (default 10)"
     )
     parser.add_argument("--pictures", type=int, default=3, metavar="N", help="clouds drawn (default 3)")
-    own, overrides = (
-        (arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :])
-        if "--" in arguments
-        else (arguments, [])
-    )
+    own, overrides = split_overrides(arguments)
     options = parser.parse_args(own)
     if options.clouds < 1 or options.pictures < 0:
         raise InputError(f"--clouds {options.clouds} must be at least 1, --pictures {options.pictures} at least 0")
@@ -61,7 +57,7 @@ def inspect(data: PointDataModule, out: Path, clouds: int, pictures: int) -> lis
     counts: dict[str, Any] = {}
     looked: dict[str, list[Points]] = {}
     for split in ("train", "val", "test"):
-        size = data.dataset.size(split)
+        size = data.size(split)
         if not size:
             continue
         samples = data.samples(split)

@@ -19,6 +19,12 @@ def suggest(word: str, choices: Iterable[str]) -> str:
     return f": did you mean '{close[0]}'?" if close else ""
 
 
+def split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """A command's own arguments, and what follows ``--``: overrides of its config."""
+    place = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:place], arguments[place + 1 :]
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser with the examples kept as written, and errors as one line with a suggestion."""
 

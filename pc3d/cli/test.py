@@ -12,6 +12,8 @@ from pc3d.errors import InputError
 EXAMPLES = """\
   pc3d test --ckpt runs/demo/checkpoints/best.ckpt
   pc3d test --ckpt runs/demo/checkpoints/best.ckpt --tta scannet
+  pc3d test --ckpt best.ckpt --save runs/area5 --data.dataset.init_args.test_area 5    (then: pc3d evaluate)
+  pc3d test --ckpt best.ckpt --save submission --data.test_split test   (ScanNet, SemanticKITTI: as the server takes it)
   pc3d test --ckpt best.ckpt --config configs/lidarhd/semseg-spunet.yaml --data.root my_tiles
 
 Every test cloud of a scene is cut into fragments of one point per cell; the class probabilities of all fragments and
@@ -24,11 +26,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint (.ckpt) or export (.safetensors)")
     parser.add_argument("--config", metavar="FILE", help="experiment; default: the config.yaml of the checkpoint's run")
     parser.add_argument("--tta", choices=["none", *PRESETS], help="test-time augmentation; default: as the config says")
+    parser.add_argument("--save", metavar="DIR", help="keep the prediction for every cloud, as its benchmark takes it")
     parser.add_argument("--run_dir", metavar="DIR", help="where results go; default: test/ in the checkpoint's run")
     options, overrides = parser.parse_known_args(arguments)
 
     from pc3d.cli.experiment import Experiment
     from pc3d.tasks import check_card, init_weights, read_checkpoint
+    from pc3d.tasks.callbacks import SavePredictions
     from pc3d.tasks.checkpoint import CARD, data_entries
 
     path = Path(options.ckpt)
@@ -47,9 +51,13 @@ def main(arguments: list[str]) -> int:
         check_card(card, str(path), class_names=model.class_names, **data_entries(data.pipeline))
         model.seed = card["seed"]
     init_weights(model, path, strict=True)
+    if options.save is not None:
+        experiment.trainer.callbacks.append(SavePredictions(options.save))  # type: ignore[attr-defined]
     experiment.trainer.test(model, datamodule=data, verbose=False)
     folder = experiment.run.folder
     print(f"figures: {folder}/summary.json, pictures: {folder}/pictures")
+    if options.save is not None:
+        print(f"predictions: {options.save}")
     return 0
 
 

@@ -85,7 +85,7 @@ def fit_and_test(experiment: Experiment, arguments: list[str]) -> int:
 
 
 def _test_best(experiment: Experiment) -> None:
-    if not experiment.datamodule.dataset.size("test"):
+    if not experiment.datamodule.size("test"):
         print("no test clouds: not tested")
         return
     best = experiment.run.folder / CHECKPOINTS / "best.ckpt"

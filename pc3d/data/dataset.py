@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pc3d.config import Configurable
+from pc3d.data.prediction import Prediction, read_prediction, write_prediction
 from pc3d.errors import InputError
 from pc3d.points import Points
 
@@ -33,6 +34,7 @@ class PointDataset(Configurable, ABC):
         root: folder of the files, or None for a dataset without files.
         class_names: name of class 0, 1, ...
         label_map: raw label code -> class number (``-1`` = ignored), or None if files hold class numbers already.
+        things: per class, whether it has instances; None if the data set has none.
         categories: of a part segmentation, name of each category -> its classes; else None.
         palette: one (red, green, blue) of 0..255 per class.
         cache: set by the data module; a dataset may keep expensive indices in it (:meth:`CloudCache.value`).
@@ -41,6 +43,7 @@ class PointDataset(Configurable, ABC):
     root: Path | None = None
     class_names: list[str]
     label_map: dict[int, int] | None = None
+    things: list[bool] | None = None
     categories: dict[str, list[int]] | None = None
     cache: CloudCache | None = None
 
@@ -84,6 +87,18 @@ class PointDataset(Configurable, ABC):
     @abstractmethod
     def fingerprint(self, split: Split, index: int) -> str:
         """Text that changes whenever :meth:`load` would return something else: the key of the cache."""
+
+    def save_prediction(self, folder: Path, cloud: Points, prediction: Prediction) -> Path:
+        """Keep the prediction for a raw cloud below a folder, as the data set's benchmark takes it if it has one."""
+        return write_prediction(folder / f"{cloud.meta[0]['name']}.npz", prediction)
+
+    def load_prediction(self, folder: Path, cloud: Points) -> Prediction:
+        """The prediction saved for a raw cloud.
+
+        Raises:
+            InputError: if it is missing, damaged, or of another cloud.
+        """
+        return read_prediction(folder / f"{cloud.meta[0]['name']}.npz", cloud.num_points)
 
 
 def parse_label_map(source: LabelMap) -> tuple[dict[int, int], list[str]]:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pc3d.data.cache import CloudCache
 from pc3d.data.collate import Collate
-from pc3d.data.dataset import IGNORE, PointDataset, Split
+from pc3d.data.dataset import IGNORE, SPLITS, PointDataset, Split
 from pc3d.data.pipeline import Pipeline
 from pc3d.data.sampler import Balance, CloudSampler, Draw, class_balance, generator_of, scene_balance
 from pc3d.errors import InputError
@@ -55,6 +55,7 @@ class PointDataModule(pl.LightningDataModule):
             points, for crops to come from everywhere alike; ``scenes`` as if a scene were chosen, then a scan of it.
         mix3d: probability that the clouds of a training batch are merged in pairs (Nekrasov et al., Mix3D, 3DV 2021).
         seed: of order and augmentation; None takes ``seed_everything``'s.
+        test_split: the clouds that are tested: ``val`` where the labels of the test clouds are not public.
         cache: keep prepared clouds on disk: True (default folder, see :class:`~pc3d.data.cache.CloudCache`), a folder,
             or False.
     """
@@ -71,6 +72,7 @@ class PointDataModule(pl.LightningDataModule):
         balance: Balance | None = None,
         mix3d: float = 0.0,
         seed: int | None = None,
+        test_split: Split = "test",
         cache: bool | str = True,
     ) -> None:
         super().__init__()
@@ -84,6 +86,8 @@ class PointDataModule(pl.LightningDataModule):
                 raise InputError(f"data.{name}: {value} must be at least {least}")
         if balance not in (None, *get_args(Balance)):
             raise InputError(f"data.balance: '{balance}' is none of {', '.join(get_args(Balance))}")
+        if test_split not in SPLITS:
+            raise InputError(f"data.test_split: '{test_split}' is none of {', '.join(SPLITS)}")
         if not 0 <= mix3d <= 1:
             raise InputError(f"data.mix3d: {mix3d} is not a probability (0..1)")
         self.dataset = dataset
@@ -94,6 +98,7 @@ class PointDataModule(pl.LightningDataModule):
         self.repeat = repeat
         self.balance = balance
         self.mix3d = mix3d
+        self.test_split = test_split
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         if root is not None:
             dataset.relocate(root)
@@ -124,7 +129,7 @@ class PointDataModule(pl.LightningDataModule):
         """Fill the cache before the first epoch, so that a bad file ends the run now and not in its middle."""
         stage = self.trainer.state.fn if self.trainer else None
         for split in _SPLITS_OF.get(stage, ()):
-            if self.cache is not None and self.dataset.size(split):
+            if self.cache is not None and self.size(split):
                 self._fill_cache(self.samples(split))
 
     def _fill_cache(self, samples: CloudSamples) -> None:
@@ -143,12 +148,20 @@ class PointDataModule(pl.LightningDataModule):
         return self._loader("train", self.batch_size, collate, shuffle=True, repeat=self.repeat)
 
     def val_dataloader(self) -> CloudLoader | list[CloudLoader]:
-        if not self.dataset.size("val"):
+        if not self.size("val"):
             return []  # training without validation
         return self._loader("val", self.val_batch_size, cat_samples)
 
     def test_dataloader(self) -> CloudLoader:
         return self._loader("test", 1, list_samples)
+
+    def size(self, split: Split) -> int:
+        """Clouds of a split; those of ``test_split`` are the test clouds."""
+        return self.dataset.size(self.stored_split(split))
+
+    def stored_split(self, split: Split) -> Split:
+        """The split of the data set that the clouds of ours are."""
+        return self.test_split if split == "test" else split
 
     def samples(self, split: Split) -> CloudSamples:
         """The clouds of a split, each as its loader would give it.
@@ -156,11 +169,10 @@ class PointDataModule(pl.LightningDataModule):
         Raises:
             InputError: if the split has no clouds.
         """
-        samples = CloudSamples(self.dataset, self.pipeline, split, self.seed, self.cache)
+        samples = CloudSamples(self.dataset, self.pipeline, split, self.seed, self.cache, self.stored_split(split))
         if not len(samples):
-            raise InputError(
-                f"{type(self.dataset).__name__}: the {split} split has no clouds (root: {self.dataset.root})"
-            )
+            kind = type(self.dataset).__name__
+            raise InputError(f"{kind}: the {samples.stored} split has no clouds (root: {self.dataset.root})")
         return samples
 
     def _loader(
@@ -223,13 +235,25 @@ class PointDataModule(pl.LightningDataModule):
 
 
 class CloudSamples(Dataset[Sample]):
-    """The clouds of a split behind a pipeline, addressed by :class:`Draw` (or by number: epoch 0)."""
+    """The clouds of a split behind a pipeline, addressed by :class:`Draw` (or by number: epoch 0).
+
+    Args:
+        split: what is made of the clouds: training samples, validation samples, or raw clouds to test.
+        stored: the split of the data set that they are; the same by default.
+    """
 
     def __init__(
-        self, dataset: PointDataset, pipeline: Pipeline, split: Split, seed: int = 0, cache: CloudCache | None = None
+        self,
+        dataset: PointDataset,
+        pipeline: Pipeline,
+        split: Split,
+        seed: int = 0,
+        cache: CloudCache | None = None,
+        stored: Split | None = None,
     ) -> None:
         self.dataset = dataset
         self.split = split
+        self.stored = split if stored is None else stored
         self.seed = seed
         self.cache = cache
         # What is deterministic is done once and kept; test clouds stay raw.
@@ -237,7 +261,7 @@ class CloudSamples(Dataset[Sample]):
         self.pipeline = dataclasses.replace(pipeline, prepare=[])
 
     def __len__(self) -> int:
-        return self.dataset.size(self.split)
+        return self.dataset.size(self.stored)
 
     def __getitem__(self, draw: Draw | int) -> Sample:
         if isinstance(draw, int):
@@ -259,7 +283,7 @@ class CloudSamples(Dataset[Sample]):
         return self.cache.cloud(self.key(index), lambda: self._prepared(index))
 
     def _prepared(self, index: int) -> Points:
-        cloud = self.dataset.load(self.split, index)
+        cloud = self.dataset.load(self.stored, index)
         for transform in self.prepare:
             cloud = transform(cloud)
         return cloud
@@ -270,7 +294,7 @@ class CloudSamples(Dataset[Sample]):
     def key(self, index: int) -> tuple[Any, ...]:
         """What the prepared cloud depends on."""
         prepare = [transform.to_config() for transform in self.prepare]
-        return "cloud", self.dataset.fingerprint(self.split, index), prepare
+        return "cloud", self.dataset.fingerprint(self.stored, index), prepare
 
 
 class _Building(Dataset[int]):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pc3d.config import Configurable
 from pc3d.data.pipeline import Pipeline
+from pc3d.data.prediction import Prediction
 from pc3d.errors import InputError
 from pc3d.losses import CrossEntropy, Loss, WeightedLoss
 from pc3d.metrics import SegmentationMetrics
@@ -95,6 +96,14 @@ class PointTask(pl.LightningModule, Configurable):
     def running_score(self, stage: str) -> tuple[str, float] | None:
         """Name and value of a score of the epoch so far, of this process; None before the first batch."""
         return None
+
+    def saved_prediction(self, outputs: dict[str, Any], cloud: Points) -> Prediction:
+        """What a test step made of a raw cloud, on its points.
+
+        Raises:
+            InputError: if the task predicts something else.
+        """
+        raise InputError(f"{type(self).__name__} predicts no classes of points that could be saved")
 
     # Set-up ----------------------------------------------------------------------------------------------------------
 

@@ -151,6 +151,32 @@ class SavePictures(pl.Callback):
         return Path(self.folder) if self.folder else run_folder(trainer) / "pictures"
 
 
+class SavePredictions(pl.Callback):
+    """Keeps what a test predicts for every cloud, in the form of the data set's benchmark; see ``pc3d evaluate``.
+
+    Args:
+        folder: of the predictions.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: list[Points],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        (cloud,) = batch
+        if not cloud.meta[0].get("padding"):
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            prediction = _task(pl_module).saved_prediction(outputs, cloud.cpu())
+            data.dataset.save_prediction(self.folder, cloud.cpu(), prediction)
+
+
 class RunRecord(pl.Callback):
     """Writes what a run is and what it found beside its checkpoints.
 

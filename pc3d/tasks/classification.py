@@ -11,6 +11,7 @@ from rich.table import Table
 from torch import Tensor
 
 from pc3d.data.pipeline import Pipeline
+from pc3d.data.prediction import Prediction
 from pc3d.data.transforms import Transform
 from pc3d.errors import InputError
 from pc3d.losses import Loss
@@ -117,6 +118,10 @@ class Classification(ClassTask):
         self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, sync_dist=True)
 
     # Reports ---------------------------------------------------------------------------------------------------------
+
+    def saved_prediction(self, outputs: dict[str, Any], cloud: Points) -> Prediction:
+        """The class of the cloud on all its points."""
+        return Prediction(outputs["prediction"].cpu().expand(cloud.num_points))
 
     def running_score(self, stage: str) -> tuple[str, float] | None:
         metrics = self.stage_metrics(stage)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pc3d.data.pipeline import Pipeline
+from pc3d.data.prediction import Prediction
 from pc3d.errors import InputError
 from pc3d.losses import FeatureLoss, Loss
 from pc3d.metrics import (
@@ -128,7 +129,7 @@ class InstanceSegmentation(SemanticSegmentation):
 
     def test_step(self, batch: Sequence[Points], batch_idx: int) -> dict[str, Any]:
         self._reseed(-1, batch_idx)
-        (cloud,) = batch
+        cloud = batch[0].with_attrs(index=torch.arange(batch[0].num_points))
         return self._evaluate(self.test_pipeline().evaluate(cloud).to(self.device), self.test_metrics, "test")
 
     def _evaluate(self, batch: Points, metrics: SegmentationMetrics, stage: str) -> dict[str, Any]:
@@ -155,6 +156,13 @@ class InstanceSegmentation(SemanticSegmentation):
                 self.coverage.update(found[i], *truth)
                 self.part_errors.update(prediction[begin:end], *truth)
         return {"points": source, "prediction": prediction, "instances": found}
+
+    def saved_prediction(self, outputs: dict[str, Any], cloud: Points) -> Prediction:
+        rows, (found,) = outputs["points"].get("index").cpu(), outputs["instances"]
+        segment = torch.full((cloud.num_points,), -1)
+        segment[rows] = outputs["prediction"].cpu()
+        parts = (part.cpu() for part in (found.borders, found.classes, found.scores))
+        return Prediction(segment, Instances(rows[found.rows.cpu()], *parts))
 
     def _finish(self, stage: str, metrics: SegmentationMetrics) -> None:
         super()._finish(stage, metrics)

@@ -11,6 +11,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from pc3d.data.prediction import Prediction
 from pc3d.data.transforms import Transform
 from pc3d.losses import FeatureLoss, Loss
 from pc3d.metrics import SegmentationMetrics, SegmentationScores, scores_from_confusion
@@ -151,6 +152,9 @@ class SemanticSegmentation(ClassTask):
         batch: Points = outputs["points"]
         for i, (begin, end) in enumerate(itertools.pairwise(batch.offsets.tolist())):
             yield batch[i], outputs["prediction"][begin:end]
+
+    def saved_prediction(self, outputs: dict[str, Any], cloud: Points) -> Prediction:
+        return Prediction(outputs["prediction"].cpu())
 
     def running_score(self, stage: str) -> tuple[str, float] | None:
         metrics = self.stage_metrics(stage)
