@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import resource
 import statistics
 import sys
@@ -17,6 +18,7 @@ from pc3d.data.transforms import GridSample
 from pc3d.points import Points
 
 IN_CHANNELS = 6
+OURS, PEER = "SparseUNet-34C", "SparseUNet-34C on spconv"
 
 
 @dataclass
@@ -35,14 +37,22 @@ class BackboneTiming:
 
 
 def models() -> dict[str, Callable[[], Any]]:
-    """Backbones by name, as published for 6 input channels."""
+    """Backbones by name, as published for 6 input channels; beside SparseUNet the same on spconv if it is installed."""
     from pc3d.models import LitePT, PTv3, Sonata, SparseUNet
 
+    peers: dict[str, Callable[[], Any]] = {}
+    if importlib.util.find_spec("spconv"):
+        from pc3d.bench.spconv_unet import SpconvUNet
+
+        peers[PEER] = lambda: SpconvUNet(SparseUNet(IN_CHANNELS))
     return {
-        "SparseUNet-34C": lambda: SparseUNet(IN_CHANNELS),
+        OURS: lambda: SparseUNet(IN_CHANNELS),
+        **peers,
         "PTv3": lambda: PTv3(IN_CHANNELS),
         "PTv3 with Mamba": lambda: PTv3(IN_CHANNELS, mixer="mamba"),
         "LitePT-S": lambda: LitePT(IN_CHANNELS),
+        "LitePT-B": lambda: LitePT.base(IN_CHANNELS),
+        "LitePT-L": lambda: LitePT.large(IN_CHANNELS),
         "Sonata encoder": lambda: Sonata(IN_CHANNELS, enc_mode=True),
     }
 

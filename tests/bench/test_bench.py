@@ -14,6 +14,8 @@ from pc3d.bench.clouds import lidar_sweep
 from pc3d.bench.command import main
 from pc3d.bench.timing import check_equal, time_interleaved
 from pc3d.errors import InputError
+from pc3d.models import SparseUNet
+from pc3d.points import Points
 
 
 @pytest.mark.parametrize(("op", "cases"), [("voxelize", 1), ("map", 3)])
@@ -98,3 +100,19 @@ def test_backbones_are_timed(tmp_path: Path, capsys) -> None:
     assert 0 < row["forward_ms"] < row["step_ms"]
     assert main(["backbones", "--model", "nothing"]) == 2
     assert "LitePT-S" in capsys.readouterr().err
+
+
+def test_the_network_on_spconv_is_ours() -> None:
+    pytest.importorskip("spconv")
+    from pc3d.bench.spconv_unet import SpconvUNet
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # with more its results are wrong in some rows
+    try:
+        ours = SparseUNet(6).eval()
+        cells = torch.randperm(20**3, generator=torch.Generator().manual_seed(0))[:1000]
+        grid = torch.stack([cells // 400, cells // 20 % 20, cells % 20], 1).int()
+        points = Points(grid * 0.02, attrs={"grid_coord": grid, "feat": torch.randn(1000, 6)})
+        torch.testing.assert_close(SpconvUNet(ours).eval()(points), ours(points), rtol=1e-4, atol=1e-5)
+    finally:
+        torch.set_num_threads(threads)
