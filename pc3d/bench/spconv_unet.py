@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -46,17 +47,17 @@ class SpconvUNet(nn.Module):
 
         if not torch.cuda.is_available():
             ops.get_current_stream = lambda: 0  # its backward asks for a CUDA stream even on the CPU, and ignores it
-        self.conv_input = _layer(spconv.SubMConv3d(ours.in_channels, _width(ours, 0), 5, bias=False, indice_key="stem"))
         stages = len(ours.down)
+        wide = [info.channels for info in ours.feature_info[: stages + 1]]  # of the stem and the encoder, finest first
+        out = [*(info.channels for info in ours.feature_info[:stages:-1]), wide[-1]]  # of the decoder, and what it gets
+        self.conv_input = _layer(spconv.SubMConv3d(ours.in_channels, wide[0], 5, bias=False, indice_key="stem"))
         self.down, self.enc, self.up, self.dec = (nn.ModuleList() for _ in range(4))
         for s in range(stages):
-            narrow, wide = _width(ours, s), _width(ours, s + 1)
             key = f"spconv{s + 1}"
-            self.down.append(_layer(spconv.SparseConv3d(narrow, wide, 2, stride=2, bias=False, indice_key=key)))
-            self.enc.append(_blocks([wide] * (len(ours.enc[s]) + 1), f"subm{s + 1}"))
-            deep, out = ours.up[s][0].in_channels, ours.up[s][0].out_channels
-            self.up.append(_layer(spconv.SparseInverseConv3d(deep, out, 2, bias=False, indice_key=key)))
-            self.dec.append(_blocks([out + narrow, *[out] * len(ours.dec[s])], f"subm{s}"))
+            self.down.append(_layer(spconv.SparseConv3d(wide[s], wide[s + 1], 2, stride=2, bias=False, indice_key=key)))
+            self.enc.append(_blocks([wide[s + 1]] * (_depth(ours.enc[s]) + 1), f"subm{s + 1}"))
+            self.up.append(_layer(spconv.SparseInverseConv3d(out[s + 1], out[s], 2, bias=False, indice_key=key)))
+            self.dec.append(_blocks([out[s] + wide[s], *[out[s]] * _depth(ours.dec[s])], f"subm{s}"))
         self.load_state_dict(export_sparse_unet(ours, prefix=""))
 
     def forward(self, points: Points) -> Tensor:
@@ -76,8 +77,8 @@ class SpconvUNet(nn.Module):
         return x.features
 
 
-def _width(ours: SparseUNet, stage: int) -> int:
-    return ours.feature_info[stage].channels
+def _depth(blocks: nn.Module) -> int:
+    return len(list(blocks.children()))
 
 
 def _norm(channels: int) -> nn.BatchNorm1d:
@@ -91,5 +92,5 @@ def _layer(conv: Any) -> Any:
 
 
 def _blocks(widths: Sequence[int], key: str) -> nn.Sequential:
-    pairs = zip(widths, widths[1:], strict=False)
-    return nn.Sequential(OrderedDict((f"block{i}", BasicBlock(a, b, key)) for i, (a, b) in enumerate(pairs)))
+    pairs = enumerate(itertools.pairwise(widths))
+    return nn.Sequential(OrderedDict((f"block{i}", BasicBlock(a, b, key)) for i, (a, b) in pairs))
