@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from pc3d.metrics import InstanceAveragePrecision, InstanceCoverage, Instances, PartMisclassification
@@ -19,8 +21,9 @@ Scene = tuple[Instances, Tensor, Tensor]
 
 def random_scene(rng: np.random.Generator, points: int = 60) -> Scene:
     """Blocks of points with a class and an instance (some without), predictions near them, some overlapping."""
+    points = 0 if rng.random() < 0.05 else points
     blocks = rng.integers(0, 7, points)
-    segment = rng.integers(-1, 3, 7)[blocks]
+    segment = rng.integers(-1, 3 if rng.random() > 0.1 else 0, 7)[blocks]  # a tenth of them all ignored
     instance = np.where(rng.random(7) < 0.2, -1, rng.integers(0, 4, 7))[blocks]
     masks, classes, scores = [], [], []
     for _ in range(rng.integers(0, 8)):
@@ -28,6 +31,8 @@ def random_scene(rng: np.random.Generator, points: int = 60) -> Scene:
         masks.append((blocks == rng.integers(0, 7)) ^ noise)
         classes.append(rng.integers(0, 3))
         scores.append(round(float(rng.random()), 1))  # ties
+    if masks and rng.random() < 0.3:  # the same instance twice
+        masks, classes, scores = [*masks, masks[0]], [*classes, classes[0]], [*scores, scores[-1]]
     rows = [np.flatnonzero(mask) for mask in masks]
     borders = np.cumsum([0, *map(len, rows)])
     found = Instances(
@@ -105,15 +110,17 @@ def compare(seed: int) -> None:
         np.testing.assert_allclose([float(v) for v in found], wanted, atol=1e-12)
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_ap_equals_the_slow_evaluator(seed):
+@settings(max_examples=30)
+@given(st.integers(0, 2**32))
+def test_ap_equals_the_slow_evaluator(seed: int) -> None:
     compare(seed)
 
 
 @pytest.mark.slow
-def test_ap_equals_the_slow_evaluator_on_1000_cases():
-    for seed in range(1000, 2000):
-        compare(seed)
+@settings(max_examples=1000)
+@given(st.integers(0, 2**32))
+def test_ap_equals_the_slow_evaluator_on_1000_cases(seed: int) -> None:
+    compare(seed)
 
 
 def test_ap_by_hand():
@@ -172,17 +179,31 @@ def slow_coverage(scenes: list[Scene], label: int) -> list[float]:
     return [right / max(predicted, 1), right / true, float(np.mean(covers)), float(np.mean(weighted))]
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_coverage_equals_the_slow_evaluator(seed):
+def compare_coverage(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    scenes = [random_scene(rng) for _ in range(3)]
+    scenes = [random_scene(rng) for _ in range(rng.integers(1, 4))]
     metric = InstanceCoverage(THINGS)
     for scene in scenes:
         metric.update(*scene)
-    table = metric.compute().table
-    for label in (0, 2):
-        np.testing.assert_allclose(table[label].numpy(), slow_coverage(scenes, label), rtol=1e-6)
-    assert table[1].isnan().all()
+    scores = metric.compute()
+    expected = np.array([slow_coverage(scenes, 0), [math.nan] * 4, slow_coverage(scenes, 2)])
+    np.testing.assert_allclose(scores.table.numpy(), expected, rtol=1e-6)
+    found = [scores.precision, scores.recall, scores.coverage, scores.weighted_coverage]
+    present = expected[~np.isnan(expected[:, 0])]
+    np.testing.assert_allclose(found, present.mean(0) if len(present) else [math.nan] * 4, rtol=1e-6)
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 2**32))
+def test_coverage_equals_the_slow_evaluator(seed: int) -> None:
+    compare_coverage(seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000)
+@given(st.integers(0, 2**32))
+def test_coverage_equals_the_slow_evaluator_on_1000_cases(seed: int) -> None:
+    compare_coverage(seed)
 
 
 def test_instances_to_labels_and_back():

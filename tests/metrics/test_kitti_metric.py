@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from slow_kitti import slow_ap
 
 from pc3d.io.kitti_object import KittiObjects
-from pc3d.metrics.kitti import _Frame, _match, _overlaps, _score_thresholds, kitti_ap
+from pc3d.metrics.kitti import _score_thresholds, kitti_ap, min_overlap
 
 pytestmark = pytest.mark.filterwarnings("ignore:KITTI AP with few objects")
 
@@ -95,60 +98,53 @@ def test_empty_frames() -> None:
 
 
 def random_frame(rng: np.random.Generator) -> tuple[KittiObjects, KittiObjects]:
+    """Objects of all kinds, or none; detections near them (some of them twice, small, or of another class)."""
     truth = objects(int(rng.integers(0, 7)), rng)
     n = len(truth)
-    truth = KittiObjects(
-        list(rng.choice(["Car", "Van", "DontCare"], n, p=[0.7, 0.15, 0.15])),
-        **{
-            **{k: v for k, v in vars(truth).items() if isinstance(v, np.ndarray)},
-            "occluded": rng.integers(0, 3, n).astype(float),
-        },
-    )
+    kinds = ["Car", "Van", "Pedestrian", "Person_sitting", "Truck", "DontCare"]
+    arrays = {k: v for k, v in vars(truth).items() if isinstance(v, np.ndarray)}
+    arrays |= {"occluded": rng.integers(0, 3, n).astype(float), "truncated": rng.choice([0, 0.2, 0.4], n)}
+    arrays["bbox"][:, 3] -= rng.choice([0, 0, 30], n)
+    truth = KittiObjects([str(k) for k in rng.choice(kinds, n, p=[0.45, 0.1, 0.2, 0.05, 0.05, 0.15])], **arrays)
     pick = rng.integers(0, n, rng.integers(0, 9)) if n else np.empty(0, int)
     arrays = {k: v[pick].copy() for k, v in vars(truth).items() if isinstance(v, np.ndarray)}
-    arrays["location"] += rng.normal(0, 0.25, arrays["location"].shape)
+    arrays["location"] += rng.normal(0, 0.25, arrays["location"].shape) * rng.integers(0, 2)
     arrays["bbox"] += rng.normal(0, 3, arrays["bbox"].shape)
     arrays["bbox"][:, 3] -= rng.choice([0, 25], len(pick))
-    scores = rng.random(len(pick)).round(1)
-    return truth, KittiObjects(["Car"] * len(pick), **{**arrays, "scores": scores})
+    arrays["alpha"] += rng.normal(0, 0.5, len(pick))
+    names = [str(k) for k in rng.choice(["Car", "Pedestrian", "Cyclist"], len(pick), p=[0.6, 0.3, 0.1])]
+    return truth, KittiObjects(names, **{**arrays, "scores": rng.random(len(pick)).round(1)})
 
 
-def slow_match(frame: _Frame, overlap: np.ndarray, limit: float, threshold: float, stuff: bool) -> tuple[int, int]:
-    assigned = [False] * len(frame.scores)
-    hits = 0
-    for g, flag in enumerate(frame.gt_flags):
-        if flag == -1:
-            continue
-        chosen, best, chosen_small = None, 0.0, False
-        for d, kind in enumerate(frame.dt_flags):
-            if kind == -1 or assigned[d] or frame.scores[d] < threshold or overlap[d, g] <= limit:
-                continue
-            if kind == 0 and (chosen is None or chosen_small or overlap[d, g] > best):
-                chosen, best, chosen_small = d, overlap[d, g], False
-            elif kind == 1 and chosen is None:
-                chosen, chosen_small = d, True
-        if chosen is not None:
-            assigned[chosen] = True
-            hits += flag == 0 and not chosen_small
-    wrong = 0
-    for d, kind in enumerate(frame.dt_flags):
-        if kind == 0 and not assigned[d] and frame.scores[d] >= threshold:
-            wrong += not (stuff and frame.stuffed[d] > limit)
-    return hits, wrong
-
-
-@pytest.mark.parametrize("seed", range(60))
-def test_matching_equals_the_slow_one(seed: int) -> None:
+def compare(seed: int) -> None:
+    """Everything that ``kitti_ap`` gives against the slow evaluator, on a few random frames."""
     rng = np.random.default_rng(seed)
-    truth, found = random_frame(rng)
-    for metric in ("bbox", "bev", "3d"):
-        overlap = _overlaps(metric, truth, found)
-        for difficulty in range(3):
-            frame = _Frame.of(truth, found, "Car", difficulty)
-            thresholds = np.array([0.0, 0.35, 0.5, 0.9])
-            hits, wrong, _ = _match(frame, overlap, 0.5, thresholds, stuff=metric == "bbox")
-            expected = [slow_match(frame, overlap, 0.5, t, metric == "bbox") for t in thresholds]
-            assert list(zip(hits, wrong, strict=True)) == expected
+    frames = [random_frame(rng) for _ in range(rng.integers(1, 4))]
+    truth, found = [gt for gt, _ in frames], [dt for _, dt in frames]
+    name = str(rng.choice(["Car", "Pedestrian"]))
+    scores = kitti_ap(truth, found, [name])
+    for level in range(3):
+        for metric in ("bbox", "bev", "3d"):
+            for place, loose in enumerate((False, True)):
+                limit = min_overlap(name, metric, loose)
+                slow = slow_ap(truth, found, name, level, metric, limit)
+                assert scores.r40[metric][0, level, place] == pytest.approx(slow["r40"], abs=1e-9)
+                assert scores.r11[metric][0, level, place] == pytest.approx(slow["r11"], abs=1e-9)
+                if metric == "bbox" and "aos" in scores.r40:
+                    assert scores.r40["aos"][0, level, place] == pytest.approx(slow["aos40"], abs=1e-9)
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 2**32))
+def test_ap_equals_the_slow_one(seed: int) -> None:
+    compare(seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000)
+@given(st.integers(0, 2**32))
+def test_ap_equals_the_slow_one_on_1000_cases(seed: int) -> None:
+    compare(seed)
 
 
 def test_score_thresholds() -> None:

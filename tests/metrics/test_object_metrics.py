@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pc3d.metrics import ClassificationMetrics, CompletionMetrics, ShapePartIoU
@@ -17,8 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ``compute`` method")
 PARTS = [[0, 1, 2], [3], [4, 5], [6, 7]]
 
 
-@given(st.integers(0, 10**9))
-def test_part_scores(seed: int) -> None:
+def compare_parts(seed: int) -> None:
     rng = random.Random(seed)
     metric, per_category = ShapePartIoU(PARTS), {}
     for _ in range(rng.randint(0, 6)):
@@ -41,6 +40,19 @@ def test_part_scores(seed: int) -> None:
     assert scores.class_miou == pytest.approx(sum(means) / len(means) if means else 0)
     assert scores.shapes.tolist() == [len(per_category.get(k, [])) for k in range(4)]
     assert [math.isnan(v) for v in scores.category_iou.tolist()] == [k not in per_category for k in range(4)]
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 2**32))
+def test_part_scores(seed: int) -> None:
+    compare_parts(seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000)
+@given(st.integers(0, 2**32))
+def test_part_scores_of_1000_cases(seed: int) -> None:
+    compare_parts(seed)
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(-1, 4)), max_size=40))

@@ -7,6 +7,8 @@ import statistics
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pc3d.metrics import PanopticQuality, few_shot_score
 
@@ -46,16 +48,18 @@ def slow(scans: list[list[np.ndarray]], least: int) -> list[list[float]]:
     return table
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_equals_the_slow_count(seed: int) -> None:
+def compare(seed: int) -> None:
     rng = np.random.default_rng(seed)
     scans = []
-    for _ in range(3):
-        blocks = rng.integers(0, 8, 80)
-        true_segment, true_instance = rng.integers(-1, 3, 8)[blocks], rng.integers(0, 3, 8)[blocks]
-        noise = rng.random(80) < rng.choice([0.0, 0.3])
-        segment = np.where(noise, rng.integers(-1, 3, 80), true_segment)
-        instance = np.where(rng.random(80) < 0.2, rng.integers(0, 4, 80), true_instance)
+    for _ in range(rng.integers(1, 4)):
+        points = int(rng.choice([0, 80], p=[0.05, 0.95]))
+        blocks = rng.integers(0, 8, points)
+        classes = 3 if rng.random() > 0.1 else 0  # a tenth of the scans all ignored
+        true_segment, true_instance = rng.integers(-1, classes, 8)[blocks], rng.integers(0, 3, 8)[blocks]
+        noise = rng.random(points) < rng.choice([0.0, 0.3, 1.0])
+        segment = np.where(noise, rng.integers(-1, 3, points), true_segment)
+        segment = segment if rng.random() > 0.1 else np.full(points, -1)  # or nothing predicted
+        instance = np.where(rng.random(points) < 0.2, rng.integers(0, 4, points), true_instance)
         scans.append([segment, instance, true_segment, true_instance])
     metric = PanopticQuality(THINGS, min_points=4)
     for scan in scans:
@@ -67,6 +71,19 @@ def test_equals_the_slow_count(seed: int) -> None:
     dagger = [expected[i, 0] if thing else expected[i, 3] for i, thing in enumerate(THINGS)]
     assert scores.pq_dagger == pytest.approx(np.mean(dagger))
     assert scores.miou == pytest.approx(expected[:, 3].mean())
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 2**32))
+def test_equals_the_slow_count(seed: int) -> None:
+    compare(seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000)
+@given(st.integers(0, 2**32))
+def test_equals_the_slow_count_on_1000_cases(seed: int) -> None:
+    compare(seed)
 
 
 def test_perfect_and_empty_scans() -> None:
@@ -81,6 +98,31 @@ def test_perfect_and_empty_scans() -> None:
     assert scores.pq == scores.sq == scores.rq == scores.pq_dagger == scores.miou == 1
     with pytest.raises(ValueError, match="must all be"):
         metric.update(segment, instance[:5], segment, instance)
+
+
+def compare_few_shot(accuracies: list[float]) -> None:
+    score = few_shot_score(accuracies, 5, 10, folds=len(accuracies))
+    mean = sum(accuracies) / len(accuracies)
+    spread = (sum((value - mean) ** 2 for value in accuracies) / len(accuracies)) ** 0.5
+    assert score.mean == pytest.approx(100 * mean, abs=1e-9)
+    assert score.deviation == pytest.approx(100 * spread, abs=1e-6)
+    assert score.folds == len(accuracies)
+
+
+shares = st.lists(st.floats(0, 1), min_size=1, max_size=12)
+
+
+@settings(max_examples=30)
+@given(shares)
+def test_few_shot_sums(accuracies: list[float]) -> None:
+    compare_few_shot(accuracies)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000)
+@given(shares)
+def test_few_shot_sums_of_1000_cases(accuracies: list[float]) -> None:
+    compare_few_shot(accuracies)
 
 
 def test_few_shot() -> None:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pc3d import InputError
 from pc3d.metrics import SegmentationMetrics
@@ -35,6 +37,46 @@ def test_scores_equal_their_definitions() -> None:
     for t in range(K):
         for p in range(K):
             assert scores.confusion[t, p] == ((target == t) & (pred == p)).sum()
+
+
+def compare(pairs: list[tuple[int, int]]) -> None:
+    """Point by point: a prediction of -1 misses its true class, a truth of -1 does not count."""
+    metrics = SegmentationMetrics(K)
+    for part in (pairs[::2], pairs[1::2]):
+        metrics.update(*(torch.tensor([pair[i] for pair in part], dtype=torch.int64) for i in (0, 1)))
+    scores = metrics.compute()
+    counted = [(guess, truth) for guess, truth in pairs if truth >= 0]
+    iou, acc = [], []
+    for c in range(K):
+        hits = sum(guess == truth == c for guess, truth in counted)
+        union = sum(c in pair for pair in counted)
+        true = sum(truth == c for _, truth in counted)
+        iou.append(hits / union if union else 0.0)
+        acc.append(hits / true if true else 0.0)
+    present = [iou[c] for c in range(K) if any(truth == c for _, truth in counted)]
+    assert scores.iou.tolist() == pytest.approx(iou, abs=1e-9)
+    assert scores.acc.tolist() == pytest.approx(acc, abs=1e-9)
+    assert scores.miou == pytest.approx(sum(iou) / K, abs=1e-9)
+    assert scores.macc == pytest.approx(sum(acc) / K, abs=1e-9)
+    assert scores.miou_present == pytest.approx(sum(present) / len(present) if present else 0, abs=1e-9)
+    right = sum(guess == truth for guess, truth in counted)
+    assert scores.all_acc == pytest.approx(right / len(counted) if counted else 0, abs=1e-9)
+
+
+points = st.lists(st.tuples(st.integers(-1, K - 1), st.integers(-1, K - 1)), max_size=60)
+
+
+@settings(max_examples=30)
+@given(points)
+def test_scores_equal_the_slow_count(pairs: list[tuple[int, int]]) -> None:
+    compare(pairs)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000)
+@given(points)
+def test_scores_equal_the_slow_count_on_1000_cases(pairs: list[tuple[int, int]]) -> None:
+    compare(pairs)
 
 
 def test_two_means_differ_when_a_class_has_no_points() -> None:
