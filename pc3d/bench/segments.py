@@ -24,6 +24,7 @@ def bench(points: Points, size: float, rounds: int) -> list[Timing]:
         "weights": lambda: edge_weights(coord, normal, edges),
         "merge": lambda: merge_graph(edges, weights, len(coord)),
         "all": lambda: graph_segments(coord, offsets),
+        "all, edges and normals given": lambda: graph_segments(coord, offsets, normal, edges),
     }
     return [
         timing

@@ -152,6 +152,59 @@ uint64_t ascending_key(float value) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
+// Edges (smaller, larger) between different rows, each once and sorted; rows are numbered anew by `place`.
+nb::object distinct_edges(Array<const int64_t, 2> edges, Array<const int64_t, 1> place) {
+  const int64_t count = edges.shape(0), rows = place.shape(0);
+  const int row_bits = bit_length(static_cast<uint64_t>(rows));
+  if (edges.shape(1) != 2 || row_bits > 31) throw std::invalid_argument("edges must be (M, 2), of less than 2^31 points");
+  for (int64_t e = 0; e < 2 * count; ++e)
+    if (edges.data()[e] < 0 || edges.data()[e] >= rows) throw std::invalid_argument("an edge names a point that does not exist");
+  Buffer<int64_t> found;
+  {
+    nb::gil_scoped_release release;
+    Buffer<PackedRow> items(count);
+    int64_t kept = 0;
+    for (int64_t e = 0; e < count; ++e) {
+      const int64_t a = place.data()[edges.data()[2 * e]], b = place.data()[edges.data()[2 * e + 1]];
+      items[kept] = PackedRow::make(static_cast<uint64_t>(std::min(a, b)), std::max(a, b), row_bits);
+      kept += a != b;
+    }
+    Buffer<PackedRow> sorted(kept);
+    std::copy(items.begin(), items.begin() + kept, sorted.begin());
+    radix_sort(sorted, 2 * row_bits, 0);
+    PackedRow *end = std::unique(sorted.begin(), sorted.end(), [](PackedRow a, PackedRow b) { return a.word == b.word; });
+    found = Buffer<int64_t>(2 * (end - sorted.begin()));
+    for (int64_t e = 0; e < found.size() / 2; ++e)
+      found[2 * e] = static_cast<int64_t>(sorted[e].key(row_bits)), found[2 * e + 1] = sorted[e].row(row_bits);
+  }
+  return to_torch(std::move(found), 2);
+}
+
+// Rows of each cloud by x, y, z; equal points keep their order.
+void sorted_rows(Array<const float, 2> coord, Array<const int64_t, 1> offsets, Array<int64_t, 1> order) {
+  const int64_t rows = coord.shape(0), clouds = static_cast<int64_t>(offsets.shape(0)) - 1;
+  if (coord.shape(1) != 3 || static_cast<int64_t>(order.shape(0)) != rows || clouds < 0 || offsets.data()[0] != 0 ||
+      offsets.data()[clouds] != rows || !std::is_sorted(offsets.data(), offsets.data() + clouds + 1))
+    throw std::invalid_argument("offsets do not rise from 0 to the number of rows");
+  nb::gil_scoped_release release;
+  for (int64_t cloud = 0; cloud < clouds; ++cloud) {
+    const int64_t first = offsets.data()[cloud], count = offsets.data()[cloud + 1] - first;
+    const int row_bits = bit_length(static_cast<uint64_t>(count));
+    Buffer<PackedRow> items(count);
+    for (int64_t i = 0; i < count; ++i) items[i] = PackedRow::make(ascending_key(coord.data()[3 * (first + i)]), i, row_bits);
+    radix_sort(items, 32, row_bits);
+    int64_t *out = order.data() + first;
+    for (int64_t i = 0; i < count; ++i) out[i] = first + items[i].row(row_bits);
+    for (int64_t begin = 0, end = 0; begin < count; begin = end) {
+      while (end < count && items[end].key(row_bits) == items[begin].key(row_bits)) ++end;
+      if (end - begin > 1) std::stable_sort(out + begin, out + end, [&](int64_t a, int64_t b) {
+        const float *p = coord.data() + 3 * a, *q = coord.data() + 3 * b;
+        return p[1] < q[1] || (p[1] == q[1] && p[2] < q[2]);
+      });
+    }
+  }
+}
+
 void merge(Array<const int64_t, 2> edges, Array<const float, 1> weights, double k, int64_t min_size, Array<int64_t, 1> labels) {
   const int64_t rows = labels.shape(0), count = edges.shape(0);
   if (static_cast<int64_t>(weights.shape(0)) != count || edges.shape(1) != 2) throw std::invalid_argument("edges and weights do not fit");
@@ -220,6 +273,10 @@ void register_graph(nb::module_ &m) {
         "Undirected edges (smaller, larger), sorted, of the first k neighbours of each row other than itself.");
   m.def("graph_weights", &edge_weights, nb::arg("coord"), nb::arg("normal"), nb::arg("edges"), nb::arg("out"),
         "1 - cosine of the normals, squared where the edge is convex, at least 0.");
+  m.def("graph_distinct_edges", &distinct_edges, nb::arg("edges"), nb::arg("place"),
+        "Edges (smaller, larger) of place[edges], without loops, each once, sorted.");
+  m.def("graph_sorted_rows", &sorted_rows, nb::arg("coord"), nb::arg("offsets"), nb::arg("order"),
+        "Rows of each cloud sorted by x, y, z, stable.");
   m.def("graph_merge", &merge, nb::arg("edges"), nb::arg("weights"), nb::arg("k"), nb::arg("min_size"), nb::arg("labels"),
         "Felzenszwalb-Huttenlocher merge; labels numbered by first occurrence.");
 }

@@ -4,6 +4,7 @@
 // are (dx*dx + dy*dy) + dz*dz in float32, and so are the bounds of boxes: rounding is monotone, so no point of a box is ever
 // nearer than its bound, and pruning changes no result. Ties go to the smaller row.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <memory>
@@ -22,8 +23,14 @@ namespace pc3d {
 namespace {
 
 constexpr int64_t kLeaf = 16, kQueryBlock = 256, kGroup = 16;
+constexpr int64_t kTogether = 16;      // queries that share their candidates, at most,
+constexpr double kApart = 2.0;         // half the diagonal of their box at most, in search radii,
+constexpr double kMargin = 1.25;       // and the radius searched around each, in that of the query before
+constexpr float kFarthest = 1e37f;     // squared; beyond, a bound could round to infinity
+constexpr int64_t kMostRanked = 96;    // candidates selected by counting; more are sorted in one by one
 constexpr int kAxisBits = 10;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int64_t kNobody = std::numeric_limits<int64_t>::max();  // a neighbour not found yet
 
 void check_offsets(const Array<const int64_t, 1> &offsets, int64_t rows) {
   const int64_t clouds = static_cast<int64_t>(offsets.shape(0)) - 1;
@@ -62,6 +69,12 @@ std::vector<int64_t> curve_order(const float *coord, int64_t rows) {
   return order;
 }
 
+double distance(const float *p, const float *q) {
+  double sum = 0;
+  for (int axis = 0; axis < 3; ++axis) sum += (static_cast<double>(p[axis]) - q[axis]) * (static_cast<double>(p[axis]) - q[axis]);
+  return std::sqrt(sum);
+}
+
 struct Box {
   float low[3] = {kInfinity, kInfinity, kInfinity}, high[3] = {-kInfinity, -kInfinity, -kInfinity};
 
@@ -71,6 +84,16 @@ struct Box {
       high[axis] = std::max(high[axis], other.high[axis]);
     }
   }
+  void add(const float *p) {
+    for (int axis = 0; axis < 3; ++axis) {
+      low[axis] = std::min(low[axis], p[axis]);
+      high[axis] = std::max(high[axis], p[axis]);
+    }
+  }
+  std::array<float, 3> center() const {
+    return {low[0] + (high[0] - low[0]) / 2, low[1] + (high[1] - low[1]) / 2, low[2] + (high[2] - low[2]) / 2};
+  }
+  double diagonal() const { return pc3d::distance(low, high); }
   float distance(const float *p) const {
     float gap[3];
     for (int axis = 0; axis < 3; ++axis) gap[axis] = std::max(std::max(low[axis] - p[axis], p[axis] - high[axis]), 0.0f);
@@ -89,14 +112,12 @@ struct Leaves {
     const std::vector<int64_t> order = curve_order(coord, points);
     const int64_t size = count * kLeaf;
     x.assign(size, kInfinity), y.assign(size, kInfinity), z.assign(size, kInfinity);
-    rows.assign(size, std::numeric_limits<int64_t>::max());
+    rows.assign(size, kNobody);
     boxes.resize(count);
     for (int64_t i = 0; i < points; ++i) {
       const float *p = coord + 3 * order[i];
       x[i] = p[0], y[i] = p[1], z[i] = p[2], rows[i] = order[i];
-      Box point;
-      for (int axis = 0; axis < 3; ++axis) point.low[axis] = point.high[axis] = p[axis];
-      boxes[i / kLeaf].add(point);
+      boxes[i / kLeaf].add(p);
     }
   }
 };
@@ -174,11 +195,131 @@ void search(const Tree &tree, const float *p, float limit, Nearest nearest) {
   }
 }
 
-double square_distance(const float *p, const float *q) {
-  double sum = 0;
-  for (int axis = 0; axis < 3; ++axis) sum += (static_cast<double>(p[axis]) - q[axis]) * (static_cast<double>(p[axis]) - q[axis]);
-  return sum;
+// A bound of squared float32 distances that are at most `radius`, rounding included.
+float squared_bound(double radius) { return static_cast<float>(radius * radius * 1.0001) + std::numeric_limits<float>::min(); }
+
+PC3D_CLONES void distances_to(const float *x, const float *y, const float *z, int64_t n, const float *p, float *out) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float dx = x[i] - p[0], dy = y[i] - p[1], dz = z[i] - p[2];
+    out[i] = (dx * dx + dy * dy) + dz * dz;
+  }
 }
+
+// within[i]: whether d[i] is at most `bound`, for n a multiple of 8.
+PC3D_CLONES void compare(const float *d, int64_t n, float bound, uint8_t *within) {
+  for (int64_t i = 0; i < n; ++i) within[i] = d[i] <= bound;
+}
+
+// How many of the distances are less than each; with `rows`, or equal and of a smaller row.
+PC3D_CLONES void count_nearer(const float *d, const int32_t *rows, int64_t n, int32_t *rank) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float own = d[i];
+    int32_t count = 0;
+    if (rows) {
+      const int32_t row = rows[i];
+      for (int64_t j = 0; j < n; ++j) count += (d[j] < own) | ((d[j] == own) & (rows[j] < row));
+    } else {
+      for (int64_t j = 0; j < n; ++j) count += d[j] < own;
+    }
+    rank[i] = count;
+  }
+}
+
+// The points of a ball, and the nearest of them to queries inside it.
+class Candidates {
+ public:
+  void gather(const Tree &tree, const float *center, float bound) {
+    int64_t count = 0;
+    stack_.assign(1, 1);
+    while (!stack_.empty()) {
+      const int64_t node = stack_.back();
+      stack_.pop_back();
+      if (!(tree.nodes[node].distance(center) <= bound)) continue;
+      if (node < tree.first_leaf) {
+        stack_.push_back(2 * node + 1);
+        stack_.push_back(2 * node);
+        continue;
+      }
+      const int64_t first = (node - tree.first_leaf) * kLeaf;
+      reserve(count + kLeaf);
+      float near[kLeaf];
+      leaf_distances(tree.leaves.x.data() + first, tree.leaves.y.data() + first, tree.leaves.z.data() + first, center, near);
+      for (int64_t i = 0; i < kLeaf; ++i) {
+        x_[count] = tree.leaves.x[first + i];
+        y_[count] = tree.leaves.y[first + i];
+        z_[count] = tree.leaves.z[first + i];
+        rows_[count] = static_cast<int32_t>(tree.leaves.rows[first + i]);
+        count += near[i] <= bound;
+      }
+    }
+    size_ = (count + 7) / 8 * 8;
+    reserve(size_);
+    std::fill(x_.begin() + count, x_.begin() + size_, kInfinity);  // never within a bound
+  }
+
+  // The k nearest of the candidates within `bound` of p; false, and nothing found, where there are fewer.
+  bool nearest(const float *p, float bound, Nearest found) {
+    distances_to(x_.data(), y_.data(), z_.data(), size_, p, distances_.data());
+    compare(distances_.data(), size_, bound, within_.data());
+    int64_t kept = 0;
+    for (int64_t i = 0; i < size_; i += 8) {
+      if (kept + 8 > kMostRanked) return offer_all(bound, found);
+      uint64_t bytes = 0;
+      for (int64_t j = 0; j < 8; ++j) bytes |= static_cast<uint64_t>(within_[i + j]) << 8 * j;
+      for (; bytes; bytes &= bytes - 1) kept_[kept++] = static_cast<int32_t>(i + __builtin_ctzll(bytes) / 8);
+    }
+    if (kept < found.k) return false;
+    float d[kMostRanked];
+    int32_t rows[kMostRanked], rank[kMostRanked];
+    for (int64_t i = 0; i < kept; ++i) d[i] = distances_[kept_[i]], rows[i] = rows_[kept_[i]];
+    count_nearer(d, nullptr, kept, rank);
+    if (!place(d, rows, rank, kept, found)) {
+      count_nearer(d, rows, kept, rank);
+      place(d, rows, rank, kept, found);
+    }
+    return true;
+  }
+
+ private:
+  int64_t size_ = 0;
+  std::vector<float> x_, y_, z_, distances_;
+  std::vector<uint8_t> within_;
+  std::vector<int32_t> rows_;
+  std::vector<int64_t> stack_;
+  int32_t kept_[kMostRanked];
+
+  void reserve(int64_t size) {
+    if (static_cast<int64_t>(x_.size()) >= size) return;
+    for (auto *values : {&x_, &y_, &z_, &distances_}) values->resize(2 * size);
+    rows_.resize(2 * size);
+    within_.resize(2 * size);
+  }
+
+  bool offer_all(float bound, Nearest found) const {
+    int64_t offered = 0;
+    for (int64_t i = 0; i < size_; ++i)
+      if (distances_[i] <= bound) ++offered, found.offer(distances_[i], rows_[i]);
+    if (offered >= found.k) return true;
+    std::fill(found.row, found.row + found.k, kNobody);
+    std::fill(found.distance, found.distance + found.k, kInfinity);
+    return false;
+  }
+
+  // False where two have the same rank.
+  static bool place(const float *d, const int32_t *rows, const int32_t *rank, int64_t n, Nearest found) {
+    int32_t owner[kMostRanked];
+    std::fill(owner, owner + found.k, -1);
+    int64_t chosen = 0;
+    for (int64_t i = 0; i < n; ++i) owner[rank[i]] = static_cast<int32_t>(i), chosen += rank[i] < found.k;
+    if (chosen > found.k) return false;
+    for (int64_t at = 0; at < found.k; ++at) {
+      if (owner[at] < 0) return false;
+      found.distance[at] = d[owner[at]];
+      found.row[at] = rows[owner[at]];
+    }
+    return true;
+  }
+};
 
 void knn(Array<const float, 2> query, Array<const int64_t, 1> query_offsets, Array<const float, 2> coord,
          Array<const int64_t, 1> offsets, float limit, Array<int64_t, 2> rows, Array<float, 2> distances) {
@@ -189,7 +330,7 @@ void knn(Array<const float, 2> query, Array<const int64_t, 1> query_offsets, Arr
   check_offsets(query_offsets, query.shape(0));
   check_offsets(offsets, coord.shape(0));
   nb::gil_scoped_release release;
-  std::fill(rows.data(), rows.data() + rows.size(), std::numeric_limits<int64_t>::max());
+  std::fill(rows.data(), rows.data() + rows.size(), kNobody);
   std::fill(distances.data(), distances.data() + distances.size(), kInfinity);
   std::vector<std::unique_ptr<Tree>> trees(clouds);
   std::vector<std::vector<int64_t>> orders(clouds);
@@ -208,25 +349,51 @@ void knn(Array<const float, 2> query, Array<const int64_t, 1> query_offsets, Arr
       tasks.push_back({cloud, begin, std::min(begin + kQueryBlock, end)});
   parallel_tasks(static_cast<int64_t>(tasks.size()), [&](int64_t i) {
     const Task &task = tasks[i];
-    if (trees[task.cloud]->leaves.count == 0) return;
-    const int64_t first = offsets.data()[task.cloud];
-    double bound = kInfinity;  // the k neighbours of the query before lie within this distance of it
+    const Tree &tree = *trees[task.cloud];
+    if (tree.leaves.count == 0) return;
+    const int64_t *order = orders[task.cloud].data(), first = query_offsets.data()[task.cloud];
+    const auto point = [&](int64_t j) { return query.data() + 3 * (first + order[j]); };
+    const auto result = [&](int64_t j) {
+      const int64_t q = first + order[j];
+      return Nearest{k, distances.data() + q * k, rows.data() + q * k};
+    };
+    thread_local Candidates kept;
+    Candidates &candidates = kept;
+    double radius = kInfinity;  // of the k neighbours of the query before
     const float *before = nullptr;
+    const auto alone = [&](int64_t j) {  // they lie within its radius and the way from it
+      const double reach = before ? radius + distance(point(j), before) : static_cast<double>(kInfinity);
+      search(tree, point(j), std::min(limit, squared_bound(reach)), result(j));
+    };
+    for (int64_t j = task.begin; j < task.end;) {
+      Box box;
+      int64_t last = j;
+      for (; last < task.end && last - j < kTogether; ++last) {
+        Box wider = box;
+        wider.add(point(last));
+        if (!(wider.diagonal() <= 2 * kApart * radius)) break;
+        box = wider;
+      }
+      const std::array<float, 3> center = box.center();  // rounded, so it may lie nearer to one corner
+      const double guess = kMargin * radius;
+      const double ball = guess + std::max(distance(center.data(), box.low), distance(center.data(), box.high));
+      const bool together = last - j > 2 && ball * ball < std::min(limit, kFarthest);
+      if (together) candidates.gather(tree, center.data(), squared_bound(ball));
+      for (const int64_t end = together ? last : j + 1; j < end; ++j) {
+        const auto within = [&](double bound) { return candidates.nearest(point(j), static_cast<float>(bound * bound), result(j)); };
+        if (!together || !(within(guess) || within(ball - distance(point(j), center.data())))) alone(j);
+        before = point(j);
+        radius = std::sqrt(static_cast<double>(result(j).distance[k - 1]));
+      }
+    }
     for (int64_t j = task.begin; j < task.end; ++j) {
-      const int64_t q = query_offsets.data()[task.cloud] + orders[task.cloud][j];
-      const float *p = query.data() + 3 * q;
-      int64_t *found = rows.data() + q * k;
-      if (before) bound = (bound + std::sqrt(square_distance(p, before))) * 1.0001;
-      const float reach = static_cast<float>(bound * bound) + std::numeric_limits<float>::min();
-      search(*trees[task.cloud], p, std::min(limit, reach), {k, distances.data() + q * k, found});
-      bound = std::sqrt(static_cast<double>(distances.data()[q * k + k - 1]));
-      before = p;
+      int64_t *found = result(j).row;
       for (int64_t n = 0; n < k; ++n)
-        if (found[n] != std::numeric_limits<int64_t>::max()) found[n] += first;
+        if (found[n] != kNobody) found[n] += offsets.data()[task.cloud];
     }
   });
   for (int64_t *row = rows.data(), *end = row + rows.size(); row != end; ++row)
-    if (*row == std::numeric_limits<int64_t>::max()) *row = -1;
+    if (*row == kNobody) *row = -1;
 }
 
 // distance <- min(distance, to p) for one leaf; the largest of the result.

@@ -220,7 +220,7 @@ def graph_segments(
         assert found is not None
         edges = neighbour_edges(found[:, : neighbours + 1], neighbours)
     else:
-        edges = _sorted_edges(place[edges], len(coord))
+        edges = _distinct_edges(edges, place)
     weights = edge_weights(coord, normal, edges)
     i, j = edges.unbind(1)
     if color is not None and color_weight:
@@ -234,6 +234,11 @@ def graph_segments(
 
 def _canonical_order(coord: Tensor, offsets: Tensor) -> Tensor:
     """Rows sorted by cloud, x, y, z: an order that does not depend on the one given."""
+    kernels = cpu_kernels(coord)
+    if kernels is not None:
+        order = torch.empty(len(coord), dtype=torch.int64)
+        kernels.graph_sorted_rows(coord.detach().contiguous(), offsets.contiguous(), order)
+        return order
     order = torch.arange(len(coord), device=coord.device)
     for column in (coord[:, 2], coord[:, 1], coord[:, 0]):
         order = order[column[order].argsort(stable=True)]
@@ -241,10 +246,21 @@ def _canonical_order(coord: Tensor, offsets: Tensor) -> Tensor:
     return order[cloud[order].argsort(stable=True)] if len(offsets) > 2 else order
 
 
-def _sorted_edges(edges: Tensor, num_points: int) -> Tensor:
-    low, high = torch.minimum(*edges.unbind(1)), torch.maximum(*edges.unbind(1))
-    keys = (low * max(num_points, 1) + high)[low != high].unique()
-    return torch.stack([keys.div(max(num_points, 1), rounding_mode="floor"), keys % max(num_points, 1)], 1)
+def _distinct_edges(edges: Tensor, place: Tensor) -> Tensor:
+    """``(M', 2)`` int64 edges ``i < j`` of ``place[edges]``, each once and sorted.
+
+    Raises:
+        ValueError: if an edge names no point.
+    """
+    size = len(place)
+    if len(edges) and (int(edges.min()) < 0 or int(edges.max()) >= size):
+        raise ValueError(f"an edge names a point outside 0..{size - 1}")
+    kernels = cpu_kernels(edges, place)
+    if kernels is not None:
+        return kernels.graph_distinct_edges(edges.contiguous(), place.contiguous())
+    low, high = torch.minimum(*place[edges].unbind(1)), torch.maximum(*place[edges].unbind(1))
+    keys = (low * max(size, 1) + high)[low != high].unique()
+    return torch.stack([keys.div(max(size, 1), rounding_mode="floor"), keys % max(size, 1)], 1)
 
 
 def segment_graph(labels: Tensor, edges: Tensor) -> tuple[Tensor, Tensor, Tensor]:

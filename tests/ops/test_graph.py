@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pc3d.ops import graph
 from pc3d.ops.backend import cpu_kernels, use_backend
 from pc3d.ops.graph import (
     Segments,
@@ -212,3 +213,19 @@ def test_connected_components():
     pairs = torch.tensor([[5, 3], [1, 2], [3, 0]])
     assert connected_components(pairs, 6).tolist() == [0, 1, 1, 0, 2, 0]
     assert connected_components(pairs[:0], 2).tolist() == [0, 1]
+
+
+def test_canonical_order_and_edges_equal_the_reference() -> None:
+    """Ties of one and two axes, equal points, -0, several clouds, loops, both directions, repeated edges."""
+    generator = torch.Generator().manual_seed(0)
+    coord = torch.randint(-2, 3, (400, 3), generator=generator).float() * torch.tensor([1.0, -1.0, 0.5])
+    offsets = torch.tensor([0, 0, 150, 151, 400])
+    edges = torch.randint(0, 400, (3000, 2), generator=generator)
+    place = torch.randperm(400, generator=generator)
+    found = graph._canonical_order(coord, offsets), graph._distinct_edges(edges, place)
+    with use_backend("reference"):
+        assert torch.equal(found[0], graph._canonical_order(coord, offsets))
+        assert torch.equal(found[1], graph._distinct_edges(edges, place))
+    with pytest.raises(ValueError, match="outside 0..399"):
+        graph._distinct_edges(torch.tensor([[0, 400]]), place)
+    assert graph._distinct_edges(edges[:0], place[:0]).shape == (0, 2)
