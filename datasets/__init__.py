@@ -1,5 +1,6 @@
 """Datasets, one per file: what they yield is documented in :class:`pc3d.data.dataset.PointDataset`."""
 
+from pc3d.datasets.few_shot import FewShot, ModelNetFewShot
 from pc3d.datasets.folder import FolderDataset
 from pc3d.datasets.kitti_object import KITTIObject
 from pc3d.datasets.medpoints import MedPointS
@@ -19,10 +20,12 @@ from pc3d.datasets.waymo import Waymo
 __all__ = [
     "MOSD",
     "S3DIS",
+    "FewShot",
     "FolderDataset",
     "KITTIObject",
     "MedPointS",
     "ModelNet40",
+    "ModelNetFewShot",
     "NuScenes",
     "ScanNet",
     "ScanObjectNN",

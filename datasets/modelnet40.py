@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pc3d.data.dataset import Split
 from pc3d.datasets.meta import facts
 from pc3d.datasets.objects import (
@@ -54,6 +56,16 @@ class ModelNet40(ObjectDataset):
         h5 = next((p for p in (self.root / _H5, self.root) if any(p.glob("ply_data_train*.h5"))), None)
         return None if h5 is None else h5_scenes(sorted(h5.glob(f"ply_data_{split}*.h5")))
 
+    def cloud_class(self, split: Split, index: int) -> int:
+        path = self.scenes(split)[index].raw
+        assert path is not None
+        return self._named_class(path) if path.suffix == ".txt" else super().cloud_class(split, index)
+
+    def _named_class(self, path: Path) -> int:
+        if path.parent.name not in self.class_names:
+            raise InputError(f"{path}: '{path.parent.name}' is none of the 40 classes")
+        return self.class_names.index(path.parent.name)
+
     def load_raw(self, scene: Scene) -> Points:
         path = scene.raw
         assert path is not None
@@ -62,7 +74,5 @@ class ModelNet40(ObjectDataset):
             label = h5_label(path, arrays, scene.row, self.num_classes)
             normal = {"normal": arrays["normal"][scene.row].astype("f4")} if "normal" in arrays else {}
             return whole_cloud(arrays["data"][scene.row], label, path, scene.name, **normal)
-        if path.parent.name not in self.class_names:
-            raise InputError(f"{path}: '{path.parent.name}' is none of the 40 classes")
-        points = read(path, columns=["x", "y", "z", "nx", "ny", "nz"])
-        return one_class(points, self.class_names.index(path.parent.name))
+        label = self._named_class(path)
+        return one_class(read(path, columns=["x", "y", "z", "nx", "ny", "nz"]), label)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import pickle
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -13,6 +11,7 @@ import numpy as np
 import torch
 
 from pc3d.data.dataset import Split, map_labels
+from pc3d.datasets.pickles import read_pickle
 from pc3d.datasets.scenes import Scene, SceneDataset
 from pc3d.errors import InputError
 from pc3d.points import Points
@@ -23,11 +22,6 @@ CLASSES = (
 )  # fmt: skip
 _TRAINED = {9: 0, 14: 1, 15: 2, 16: 2, 17: 3, 18: 4, 21: 5, 2: 6, 3: 6, 4: 6, 6: 6, 12: 7, 22: 8, 23: 9, 24: 10, 25: 11}
 LABEL_MAP = {code: _TRAINED.get(code, {26: 12, 27: 13, 28: 14, 30: 15}.get(code, -1)) for code in range(32)}
-_PLAIN = {
-    ("builtins", name) for name in ("list", "dict", "tuple", "set", "str", "int", "float", "bool", "bytes", "complex")
-} | {
-    (f"numpy{core}.multiarray", name) for core in (".core", "._core") for name in ("_reconstruct", "scalar")
-} | {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}  # fmt: skip
 
 
 class NuScenes(SceneDataset):
@@ -99,27 +93,9 @@ def _read(path: Path, dtype: str) -> np.ndarray:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-class _ForeignNameError(Exception):
-    """A pickle asks for something that is no plain value."""
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _PLAIN:
-            return super().find_class(module, name)
-        raise _ForeignNameError(f"{module}.{name}")
-
-
 @cache
 def _entries(path: Path) -> list[Any]:
-    try:
-        content = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except _ForeignNameError as error:
-        raise InputError(f"{path}: holds more than plain values and arrays ({error}): it is not read") from error
-    except Exception as error:  # a damaged pickle can fail in any way
-        raise InputError(f"{path}: not a readable pickle ({type(error).__name__}): is the file complete?") from error
+    content = read_pickle(path)
     entries = content.get("infos") if isinstance(content, dict) else content
     if not isinstance(entries, list):
         raise InputError(f"{path}: holds no list of keyframes")

@@ -27,6 +27,12 @@ class ObjectDataset(SceneDataset):
     def list_prepared(self, split: Split) -> list[Scene] | None:
         return None
 
+    def cloud_class(self, split: Split, index: int) -> int:
+        scene = self.scenes(split)[index]
+        if scene.raw is not None and scene.raw.suffix == ".h5" and self.categories is None:
+            return h5_label(scene.raw, h5_arrays(scene.raw), scene.row, self.num_classes)
+        return super().cloud_class(split, index)
+
     def files(self, scene: Scene) -> Iterable[Path]:
         assert scene.raw is not None
         return [scene.raw]

@@ -16,6 +16,7 @@ from pc3d.errors import InputError
 COMMANDS: dict[str, str] = {
     "train": "train a model from a config file, then test it",
     "test": "score a checkpoint on the test clouds",
+    "fewshot": "train and test the folds of a few-shot protocol",
     "evaluate": "score saved predictions, of one run or several together",
     "predict": "label your own clouds with a checkpoint",
     "export": "convert clouds, or a checkpoint to safetensors",

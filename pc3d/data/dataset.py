@@ -76,6 +76,10 @@ class PointDataset(Configurable, ABC):
         """The place that a cloud shows; scans of one place (a room, a drive) share it. By default its own name."""
         return self.name(split, index)
 
+    def cloud_class(self, split: Split, index: int) -> int:
+        """Class of a cloud all of whose points have one; quicker than :meth:`load` where the files allow it."""
+        return int(self.load(split, index).get("segment")[0])
+
     @abstractmethod
     def load(self, split: Split, index: int) -> Points:
         """One raw cloud with ``segment`` in class numbers (``-1`` ignored), its ``name`` and ``origin`` in ``meta``.

@@ -24,7 +24,7 @@ class FewShotScore:
 
 
 def few_shot_score(accuracies: Sequence[float], way: int, shot: int, folds: int = FOLDS) -> FewShotScore:
-    """Sum up the accuracies (0..1) of all folds of one setting, each the last one of its run, without voting.
+    """Sum up the accuracies (0..1) of all folds of one setting, without voting.
 
     Raises:
         ValueError: if a fold is missing, or an accuracy is not a share.
