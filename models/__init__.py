@@ -3,10 +3,21 @@
 from pc3d.models.backbones.litept import LitePT
 from pc3d.models.backbones.pcm import PointCloudMamba
 from pc3d.models.backbones.point_ssm import PointSSM
+from pc3d.models.backbones.point_vit import PointViT
 from pc3d.models.backbones.ptv3 import PTv3
 from pc3d.models.backbones.sonata import Sonata
 from pc3d.models.backbones.sparse_unet import SparseUNet
 from pc3d.models.backbones.stored import StoredLogits
 from pc3d.models.backbones.utonia import Utonia
 
-__all__ = ["LitePT", "PTv3", "PointCloudMamba", "PointSSM", "Sonata", "SparseUNet", "StoredLogits", "Utonia"]
+__all__ = [
+    "LitePT",
+    "PTv3",
+    "PointCloudMamba",
+    "PointSSM",
+    "PointViT",
+    "Sonata",
+    "SparseUNet",
+    "StoredLogits",
+    "Utonia",
+]

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from pc3d.errors import InputError
 from pc3d.nn import Backbone, FeatureInfo
+from pc3d.nn.patches import sample_centres
 from pc3d.nn.point_ssm import (
     ChannelAttention,
     DenseBlock,
@@ -26,13 +27,12 @@ from pc3d.nn.point_ssm import (
     sequence_of_row,
     vanilla_mixer,
 )
-from pc3d.ops.neighbours import farthest_points, knn
+from pc3d.ops.neighbours import knn
 from pc3d.ops.segment import segment_max, segment_mean
 from pc3d.points import Points
 
 SCANS = ("x", "y", "z", "center_distance")
 Query = Literal["feature", "xyz", "embedding", "ball"]
-_ORIGIN_BALL = 1e-3  # squared radius that the published sampling skips
 
 
 @dataclass(frozen=True)
@@ -84,22 +84,6 @@ def scan_rows(coord: Tensor, offsets: Tensor, scans: Sequence[str], flip: bool) 
         mirrored = offsets[:-1][cloud] + offsets[1:][cloud] - 1 - torch.arange(len(coord), device=coord.device)
         orders += [rows[mirrored] for rows in orders]
     return orders
-
-
-def sample_centres(coord: Tensor, offsets: Tensor, points: int, ignore_origin: bool) -> tuple[Tensor, Tensor]:
-    """Rows of up to so many farthest points of each cloud in the order they are taken, and their borders.
-
-    With ``ignore_origin``, points within 0.0316 of the origin are never taken, but for the first row of a cloud.
-    """
-    candidates = torch.arange(len(coord), device=coord.device)
-    if ignore_origin:
-        kept = coord.square().sum(1) > _ORIGIN_BALL
-        kept[offsets[:-1][offsets.diff() > 0]] = True
-        candidates = candidates[kept]
-    borders = torch.searchsorted(candidates, offsets)
-    counts = borders.diff().clamp(max=points)
-    sampled = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return candidates[farthest_points(coord[candidates], borders, sampled)], sampled
 
 
 class Grouping(nn.Module):

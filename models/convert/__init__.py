@@ -3,6 +3,7 @@
 from pc3d.models.convert.kernels import KernelLayout
 from pc3d.models.convert.pcm import import_point_cloud_mamba
 from pc3d.models.convert.point_ssm import import_point_ssm
+from pc3d.models.convert.point_vit import import_point_vit
 from pc3d.models.convert.pointcept import export_pointcept, import_pointcept
 from pc3d.models.convert.ppt import import_ppt
 from pc3d.models.convert.sparse_unet import export_sparse_unet, import_sparse_unet
@@ -15,6 +16,7 @@ __all__ = [
     "export_sparse_unet",
     "import_point_cloud_mamba",
     "import_point_ssm",
+    "import_point_vit",
     "import_pointcept",
     "import_ppt",
     "import_sparse_unet",

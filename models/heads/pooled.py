@@ -36,16 +36,24 @@ class GlobalContextHead(SegmentationHead):
 
 
 class MLPHead(SegmentationHead):
-    """Hidden layers with batch norm and dropout, then the classes; for features of points or of whole clouds."""
+    """Hidden layers with batch norm and dropout, then the classes; for features of points or of whole clouds.
+
+    ``bias`` gives the hidden layers one before their batch norm, as some published heads have it.
+    """
 
     def __init__(
-        self, in_channels: int, num_classes: int, widths: Sequence[int] = (512, 256), dropout: float = 0.5
+        self,
+        in_channels: int,
+        num_classes: int,
+        widths: Sequence[int] = (512, 256),
+        dropout: float = 0.5,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         sizes = [in_channels, *widths]
         self.hidden = nn.Sequential(
             *(
-                nn.Sequential(nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU(), nn.Dropout(dropout))
+                nn.Sequential(nn.Linear(a, b, bias), nn.BatchNorm1d(b), nn.ReLU(), nn.Dropout(dropout))
                 for a, b in itertools.pairwise(sizes)
             )
         )

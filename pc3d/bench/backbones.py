@@ -88,23 +88,24 @@ def _measure(name: str, coord: Any, grid: Any, rounds: int, threads: int) -> dic
         model.zero_grad(set_to_none=True)
         model(points.with_attrs()).square().mean().backward()
 
-    before = _peak()
+    before = peak_mb()
     model.eval()
-    forward_ms = _median(forward, rounds)
-    forward_mb = _peak() - before
+    forward_ms = median_ms(forward, rounds)
+    forward_mb = peak_mb() - before
     model.train()
-    step_ms = _median(step, rounds)
+    step_ms = median_ms(step, rounds)
     parameters = sum(p.numel() for p in model.parameters())
     return {
         "parameters": parameters,
         "forward_ms": forward_ms,
         "step_ms": step_ms,
         "forward_mb": forward_mb,
-        "step_mb": _peak() - before,
+        "step_mb": peak_mb() - before,
     }
 
 
-def _median(run: Callable[[], None], rounds: int) -> float:
+def median_ms(run: Callable[[], None], rounds: int) -> float:
+    """Median of so many runs, after an untimed one."""
     run()
     times = []
     for _ in range(rounds):
@@ -114,7 +115,7 @@ def _median(run: Callable[[], None], rounds: int) -> float:
     return 1e3 * statistics.median(times)
 
 
-def _peak() -> float:
+def peak_mb() -> float:
     """Largest resident memory of this process so far, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from pc3d.bench import backbones, data, fusion, kernel_maps, scan, segments, serialize, sparse, voxelize
+from pc3d.bench import backbones, configs, data, fusion, kernel_maps, scan, segments, serialize, sparse, voxelize
 from pc3d.bench.clouds import load
 from pc3d.bench.figures import draw_growth, draw_ratios
 from pc3d.bench.timing import Timing, machine, report, table
@@ -26,6 +26,7 @@ EXAMPLES = """examples:
   tools/bench.py sparse --threads 1 2 --only subm3_64 map --json runs/bench/sparse.json
   tools/bench.py backbones scan.ply --size 0.02 --threads 2 --model PTv3
   tools/bench.py data --config configs/synthetic_rooms/semseg-spunet-small.yaml -- --data.batch_size 4
+  tools/bench.py configs configs/synthetic_shapes/*.yaml --threads 2
   tools/bench.py fusion --seconds 240 --picture runs/bench/fusion.png
   tools/bench.py scan --shape 8x1024x384x16 --threads 2
   tools/bench.py sparse scan.bin:0.05:6 sweep.npz:0.1 --picture runs/bench/sparse.png
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "fusion": _run_fusion,
             "backbones": _run_backbones,
             "data": _run_data,
+            "configs": _run_configs,
         }
         return special.get(args.op, _run)(args)
     except InputError as error:
@@ -115,6 +117,16 @@ def _run_data(args: argparse.Namespace) -> int:
     return 0
 
 
+def _run_configs(args: argparse.Namespace) -> int:
+    for config in args.configs:
+        if not config.is_file():
+            raise InputError(f"{config}: no such file")
+    print(", ".join(f"{key} {value}" for key, value in machine().items() if key != "threads"))
+    timings = configs.run(args.configs, args.root, args.rounds, args.threads or torch.get_num_threads())
+    _write_json(args.json, {"machine": machine(), "rows": configs.rows(timings)})
+    return 0
+
+
 def _run_fusion(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -158,6 +170,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_shared(networks, points=200_000, sizes=[0.05])
     networks.set_defaults(rounds=3)
     networks.add_argument("--model", action="append", metavar="NAME", help="may repeat (default: all)")
+    experiments = ops.add_parser("configs", help="the models of configs on a training batch of their own data")
+    experiments.add_argument("configs", nargs="+", type=Path, metavar="CONFIG", help="experiments, as for pc3d train")
+    experiments.add_argument("--root", metavar="DIR", help="folder of the data set's files")
+    experiments.add_argument("--threads", type=_at_least(1), help="threads of torch and of the kernels")
+    experiments.add_argument("--rounds", type=_at_least(3), default=5, help="timed rounds, 3 or more (default 5)")
+    experiments.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     graphs = ops.add_parser("segments", help="graph segmentation, step by step")
     _add_shared(graphs, points=200_000, sizes=[0.02, 0.05])
     feeding = ops.add_parser("data", help="the data of a config: stages, loader with workers, training fed by it")

@@ -26,7 +26,9 @@ and test, and as --init_from of a training. To .pth, a checkpoint of this packag
 
 
 def main(arguments: list[str]) -> int:
-    parser = Parser("convert", "Convert checkpoints of Pointcept, Sonata, Utonia, LitePT and flemme.", EXAMPLES)
+    parser = Parser(
+        "convert", "Convert checkpoints of Pointcept, Sonata, Utonia, LitePT, flemme and Point-MAE.", EXAMPLES
+    )
     parser.add_argument("input", metavar="INPUT", help="a published .pth; or a checkpoint of this package to go back")
     parser.add_argument("output", metavar="OUT", help=".safetensors, or .pth to go back")
     parser.add_argument("--config", metavar="FILE", help="experiment whose model the published file holds")
@@ -91,16 +93,19 @@ def _load(
     state: dict[str, Tensor], task: PointTask, source: Path, layout_name: str | None
 ) -> tuple[KernelLayout | None, bool]:
     """Fill the task's backbone and, if the file has one, its head; the layout of kernels, and whether it had one."""
-    from pc3d.models import PointSSM, SparseUNet
-    from pc3d.models.convert import import_point_ssm, import_pointcept, import_sparse_unet
+    from pc3d.models import PointSSM, PointViT, SparseUNet
+    from pc3d.models.convert import import_point_ssm, import_point_vit, import_pointcept, import_sparse_unet
 
-    published = {"seg_head.", "final.", "classifier.", "decoder.final."}
+    published = {"seg_head.", "final.", "classifier.", "decoder.final.", "cls_head_finetune.", "convs3."}
     names = [name.removeprefix("module.").removeprefix("backbone.") for name in state]
     if any(name.startswith("embedding_table.") for name in names):
         return _load_ppt(state, task, source, layout_name), True
     with_head = any(name.startswith(tuple(published)) for name in names)
-    head, layout = _linear_head(task) if with_head else None, _layout(layout_name)
     try:
+        if isinstance(task.backbone, PointViT):
+            import_point_vit(state, task.backbone, _head(task) if with_head else None)
+            return None, with_head
+        head, layout = _linear_head(task) if with_head else None, _layout(layout_name)
         if isinstance(task.backbone, SparseUNet):
             return import_sparse_unet(state, task.backbone, head, layout), with_head
         if isinstance(task.backbone, PointSSM):
@@ -132,6 +137,13 @@ def _is_pointcept(backbone: Backbone) -> bool:
     from pc3d.nn.serialized import SerializedUNet
 
     return isinstance(backbone, SerializedUNet)
+
+
+def _head(task: PointTask) -> nn.Module:
+    from torch import nn
+
+    assert isinstance(task.head, nn.Module)
+    return task.head
 
 
 def _linear_head(task: PointTask) -> nn.Linear:

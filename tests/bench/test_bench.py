@@ -116,3 +116,14 @@ def test_the_network_on_spconv_is_ours() -> None:
         torch.testing.assert_close(SpconvUNet(ours).eval()(points), ours(points), rtol=1e-4, atol=1e-5)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_configs_are_timed(tmp_path: Path, capsys) -> None:
+    config, target = Path(__file__).parents[2] / "configs/synthetic_shapes/cls-vit-tiny.yaml", tmp_path / "configs.json"
+    assert main(["configs", str(config), "--threads", "1", "--rounds", "3", "--json", str(target)]) == 0
+    (row,) = json.loads(target.read_text())["rows"]
+    assert (row["config"], row["clouds"], row["points"]) == ("synthetic_shapes/cls-vit-tiny", 16, 16 * 512)
+    assert row["step_ms"] > row["forward_ms"] > 0
+    assert "1.04 M parameters" in capsys.readouterr().out
+    assert main(["configs", str(tmp_path / "none.yaml")]) == 2
+    assert "no such file" in capsys.readouterr().err

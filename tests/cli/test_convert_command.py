@@ -11,7 +11,7 @@ from torch import nn
 
 from pc3d.cli import main
 from pc3d.datasets.synthetic_rooms import CLASSES
-from pc3d.models import PTv3, SparseUNet
+from pc3d.models import PointViT, PTv3, SparseUNet
 from pc3d.models.convert import export_pointcept, export_sparse_unet
 from pc3d.tasks import load_task
 
@@ -93,3 +93,22 @@ def test_jointly_trained_files_keep_one_head(tmp_path: Path) -> None:
 def test_bad_calls(arguments: list[str], message: str, capsys) -> None:
     assert main(["convert", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_pretrained_point_mae_becomes_a_classifier_without_its_head(tmp_path: Path, capsys) -> None:
+    torch.manual_seed(0)
+    config = CONFIGS.parent / "synthetic_shapes" / "cls-vit-tiny.yaml"
+    settings = yaml.safe_load(config.read_text())["model"]["init_args"]["backbone"]["init_args"]
+    encoder = PointViT(**settings)
+    state = {"module.mask_token": torch.zeros(1, 1, 96), "module.MAE_decoder.norm.weight": torch.zeros(96)}
+    for name, value in encoder.state_dict().items():
+        if not name.startswith("cls_"):
+            value = value[..., None] if "_conv.0.weight" in name or "_conv.3.weight" in name else value
+            state[f"module.MAE_encoder.{name.replace('blocks.', 'blocks.blocks.')}"] = value
+    torch.save({"base_model": state, "epoch": 300}, tmp_path / "pretrain.pth")
+    target = tmp_path / "vit.safetensors"
+    assert main(["convert", str(tmp_path / "pretrain.pth"), str(target), "--config", str(config)]) == 0
+    assert "the file has no head" in capsys.readouterr().out
+    task, _, _ = load_task(target)
+    own = task.backbone.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in encoder.state_dict().items() if "cls_" not in name)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pc3d.models.backbones.point_ssm import SCANS, PointSSM, sample_centres, scan_rows
+from pc3d.models.backbones.point_ssm import SCANS, PointSSM, scan_rows
 from pc3d.models.convert.point_ssm import import_point_ssm, rename_block
 from pc3d.models.heads import FoldingDecoder
+from pc3d.nn.patches import sample_centres
 from pc3d.nn.point_ssm import GroupScan, PointSSMBlock, vanilla_mixer
 from pc3d.ops.point_sets import chamfer_distance, density_aware_chamfer_distance
 from pc3d.points import Points

@@ -1,0 +1,189 @@
+"""The plain transformer over patches of Point-BERT (arXiv 2111.14819) and Point-MAE (arXiv 2203.06604).
+
+Patches around farthest points become tokens; a class token joins them; all see each other in every block.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pc3d.errors import InputError
+from pc3d.nn import Backbone, FeatureInfo
+from pc3d.nn.patches import MiniPointNet, group_patches
+from pc3d.nn.vit import PatchTokens, TransformerBlock
+from pc3d.ops.neighbours import knn
+from pc3d.points import Points
+
+_CATEGORY_CHANNELS = 64
+
+
+class PointViT(Backbone):
+    """Encoder of Point-MAE with a class token, or with its part segmentation decoder.
+
+    Clouds need at least as many points as there are patches, and as a patch has; they may differ in size.
+
+    Args:
+        in_channels: width of ``points.attrs["feat"]``, whose first three columns are the coordinates.
+        channels: width of a token, C.
+        depth: blocks; ``num_heads`` of their attention; ``mlp_ratio`` of their MLP.
+        patches: of a cloud, G; ``patch_points``: points of a patch, S.
+        encoder_channels: width that the patch encoder makes before a linear layer to C (Point-BERT: 256); None: C.
+        drop_path: rate of the last block; rises linearly from 0.
+        stages: blocks, counted from 0, whose output :meth:`forward_features` returns and the decoder reads.
+        decoder: widths of two layers on tokens interpolated to the points and of two behind the joined features of
+            point and cloud (published: 1536, 1024, 512, 256); None: a cloud's class token beside the largest of its
+            patch tokens, ``(B, 2 C)``. With a decoder there is no class token.
+        categories: one-hot categories ``points.attrs["category"]`` that the decoder sees.
+        ignore_origin: published sampling, which never takes points within 0.0316 of the origin.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        channels: int = 384,
+        depth: int = 12,
+        num_heads: int = 6,
+        mlp_ratio: float = 4.0,
+        patches: int = 64,
+        patch_points: int = 32,
+        encoder_channels: int | None = None,
+        drop_path: float = 0.1,
+        stages: Sequence[int] = (3, 7, 11),
+        decoder: Sequence[int] | None = None,
+        categories: int = 0,
+        ignore_origin: bool = False,
+    ) -> None:
+        super().__init__()
+        if in_channels < 3:
+            raise InputError(f"PointViT.in_channels: {in_channels}; the coordinates come first, they alone are 3")
+        if not stages or list(stages) != sorted(set(stages)) or not 0 <= stages[0] <= stages[-1] < depth:
+            raise InputError(f"PointViT.stages: {list(stages)} must rise within the {depth} blocks, 0..{depth - 1}")
+        if categories and decoder is None:
+            raise InputError("PointViT.categories: only a decoder makes use of them")
+        self.in_channels, self.channels, self.stages = in_channels, channels, tuple(stages)
+        self.patch_count, self.patch_points, self.ignore_origin = patches, patch_points, ignore_origin
+        self.encoder = MiniPointNet(in_channels, encoder_channels or channels)
+        self.reduce_dim = nn.Linear(encoder_channels, channels) if encoder_channels else nn.Identity()
+        self.pos_embed = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, channels))
+        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(TransformerBlock(channels, num_heads, mlp_ratio, rate) for rate in rates)
+        self.norm = nn.LayerNorm(channels)
+        self.feature_info = [FeatureInfo(f"block{i}", channels, patch_points // 2) for i in stages]
+        self.apply(_initialise)
+        self.cls_token: nn.Parameter | None = None
+        self.cls_pos: nn.Parameter | None = None
+        self.decoder: PatchDecoder | None = None
+        if decoder is None:
+            self.cls_token, self.cls_pos = (nn.Parameter(torch.empty(1, 1, channels)) for _ in range(2))
+            for token in (self.cls_token, self.cls_pos):
+                nn.init.trunc_normal_(token, std=0.02)
+            self.out_channels = 2 * channels
+        else:
+            self.decoder = PatchDecoder(len(stages) * channels, decoder, categories)
+            self.out_channels = decoder[-1]
+
+    def forward(self, points: Points) -> Tensor:
+        tokens = self.tokens(points)
+        if self.decoder is None:
+            feat = self.norm(self.encode(tokens).feat)
+            return torch.cat([feat[:, 0], feat[:, tokens.special :].amax(1)], -1)
+        return self.decoder(points, tokens.centres, torch.cat(self._stage_features(tokens), -1))
+
+    def forward_features(self, points: Points) -> Mapping[str, Points]:
+        tokens = self.tokens(points)
+        offsets = torch.arange(len(points) + 1, device=points.offsets.device) * self.patch_count
+        stages = zip(self.feature_info, self._stage_features(tokens), strict=True)
+        return OrderedDict(
+            (info.name, Points(tokens.centres.flatten(0, 1), offsets, {"feat": feat.flatten(0, 1)}, points.meta))
+            for info, feat in stages
+        )
+
+    def tokens(self, points: Points) -> PatchTokens:
+        """Tokens before the first block."""
+        self.check_input(points)
+        patches = group_patches(points, self.patch_count, self.patch_points, self.ignore_origin)
+        feat, position = self.reduce_dim(self.encoder(patches.feat)), self.pos_embed(patches.centres)
+        if self.cls_token is None or self.cls_pos is None:
+            return PatchTokens(feat, position, patches.centres)
+        feat, position = (
+            torch.cat([own.expand(len(values), -1, -1).to(values.dtype), values], 1)
+            for own, values in ((self.cls_token, feat), (self.cls_pos, position))
+        )
+        return PatchTokens(feat, position, patches.centres, special=1)
+
+    def encode(self, tokens: PatchTokens) -> PatchTokens:
+        """Tokens after the last block, before the last norm."""
+        for block in self.blocks:
+            tokens = block(tokens)
+        return tokens
+
+    def _stage_features(self, tokens: PatchTokens) -> list[Tensor]:
+        """``(B, G, C)`` of each stage, through the norm that all share."""
+        found = []
+        for i, block in enumerate(self.blocks):
+            tokens = block(tokens)
+            if i in self.stages:
+                found.append(self.norm(tokens.patches))
+        return found
+
+
+class PatchDecoder(nn.Module):
+    """From patches to points: interpolated tokens, and the largest and mean token and the category of the cloud."""
+
+    def __init__(self, in_channels: int, channels: Sequence[int], categories: int) -> None:
+        super().__init__()
+        if len(channels) != 4:
+            raise InputError(f"PointViT.decoder: {list(channels)} must be four widths")
+        self.categories, self.category = categories, None
+        if categories:
+            self.category = nn.Sequential(
+                nn.Linear(categories, _CATEGORY_CHANNELS, bias=False),
+                nn.BatchNorm1d(_CATEGORY_CHANNELS),
+                nn.LeakyReLU(0.2),
+            )
+        widths = [in_channels + 3, *channels[:2]]
+        self.spread = nn.Sequential(*(_layer(a, b) for a, b in itertools.pairwise(widths)))
+        whole = 2 * in_channels + (_CATEGORY_CHANNELS if categories else 0)
+        self.join = _layer(channels[1] + whole, channels[2])
+        self.last = nn.Sequential(nn.Dropout(0.5), _layer(*channels[2:]))
+
+    def forward(self, points: Points, centres: Tensor, feat: Tensor) -> Tensor:
+        """``(N, channels[-1])`` from ``(B, G, 3)`` centres and their ``(B, G, in_channels)`` features."""
+        cloud = torch.repeat_interleave(points.offsets.diff(), output_size=points.num_points)
+        each = self.spread(torch.cat([points.coord, _interpolate(points, centres, feat)], -1))
+        parts = [feat.amax(1), feat.mean(1)]
+        if self.category is not None:
+            category = points.get("category").reshape(-1)[points.offsets[:-1]]
+            parts.append(self.category(F.one_hot(category.long(), self.categories).to(feat.dtype)))
+        # The first layer on [point, cloud] in two parts: what comes from the cloud is computed once for it.
+        linear, norm, activation = self.join
+        assert isinstance(linear, nn.Linear)
+        of_each, of_whole = linear.weight.split([each.shape[1], linear.in_features - each.shape[1]], 1)
+        x = F.linear(each, of_each) + F.linear(torch.cat(parts, -1), of_whole, linear.bias)[cloud]
+        return self.last(activation(norm(x)))
+
+
+def _layer(in_channels: int, channels: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_channels, channels), nn.BatchNorm1d(channels), nn.ReLU())
+
+
+def _interpolate(points: Points, centres: Tensor, feat: Tensor) -> Tensor:
+    """``(N, C)`` from the three nearest centres, weighted by inverse squared distance (PointNet++, equation 2)."""
+    offsets = torch.arange(len(centres) + 1, device=centres.device) * centres.shape[1]
+    rows, distance = knn(points.coord, points.offsets, centres.flatten(0, 1), offsets, 3)
+    weight = 1 / (distance + 1e-8)  # a missing neighbour is infinitely far
+    weight = (weight / weight.sum(1, keepdim=True)).to(feat.dtype)
+    return (feat.flatten(0, 1)[rows.clamp(min=0)] * weight[..., None]).sum(1)
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
