@@ -34,15 +34,18 @@ class KITTIObject(SceneDataset):
     Args:
         root: folder that holds ``training``.
         in_view: keep only points that the camera sees, as the benchmark's detectors do.
+        background: make points in no box a class of their own, to find the points of objects (those in boxes of other
+            kinds, as vans, stay ignored).
     """
 
     layouts = "training/{velodyne,calib,label_2}, and ImageSets/*.txt"
     writes = False
 
-    def __init__(self, root: str | None = None, in_view: bool = True) -> None:
+    def __init__(self, root: str | None = None, in_view: bool = True, background: bool = False) -> None:
         super().__init__(root)
         self.in_view = in_view
-        self.class_names = list(CLASSES)
+        self.background = background
+        self.class_names = [*CLASSES, "background"] if background else list(CLASSES)
 
     def list_raw(self, split: Split) -> list[Scene] | None:
         assert self.root is not None
@@ -84,8 +87,9 @@ class KITTIObject(SceneDataset):
             seen = calibration.in_view(points.coord.double().numpy(), *size)
             points = points.select(torch.from_numpy(seen).nonzero()[:, 0])
         meta = dict(points.meta[0])
-        segment = torch.full((points.num_points,), IGNORE)
-        instance = segment.clone()
+        labelled = self.background and objects is not None
+        segment = torch.full((points.num_points,), len(CLASSES) if labelled else IGNORE)
+        instance = torch.full_like(segment, IGNORE)
         if objects is not None:
             objects = objects.take(np.array([name != "DontCare" for name in objects.names], dtype=bool))
             boxes = calibration.boxes_to_lidar(objects)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pc3d.data.dataset import Split
-from pc3d.datasets.scenes import Scene, SceneDataset
+from pc3d.datasets.scenes import Scene, SceneDataset, read_prepared
 from pc3d.points import Points
 
 CLASSES = (
@@ -21,6 +23,7 @@ class Waymo(SceneDataset):
     and ``segment``.
     """
 
+    writes = False
     layouts = "{training,validation,testing}/<segment>/<timestamp>/coord.npy"
 
     def __init__(self, root: str | None = None) -> None:
@@ -28,14 +31,18 @@ class Waymo(SceneDataset):
         self.class_names = list(CLASSES)
 
     def list_raw(self, split: Split) -> list[Scene] | None:
-        return None
+        assert self.root is not None
+        scenes = self.prepared_scenes([_FOLDERS[split]])
+        if scenes is None and self.prepared_scenes(_FOLDERS.values()) is not None:
+            return []
+        return scenes and [replace(scene, raw=self.root / scene.place) for scene in scenes]
 
     def list_prepared(self, split: Split) -> list[Scene] | None:
-        scenes = self.prepared_scenes([_FOLDERS[split]])
-        return [] if scenes is None and self.prepared_scenes(_FOLDERS.values()) is not None else scenes
+        return None
 
     def group(self, split: Split, index: int) -> str:
         return self.scenes(split)[index].place.split("/")[1]  # the segment: 20 seconds of a drive
 
     def load_raw(self, scene: Scene) -> Points:
-        raise NotImplementedError("Waymo has no raw layout here")
+        assert scene.raw is not None
+        return read_prepared(scene.raw)

@@ -43,6 +43,7 @@ def main(arguments: list[str]) -> int:
         "semantickitti": datasets.SemanticKITTI,
         "kitti": datasets.KITTIObject,
         "nuscenes": datasets.NuScenes,
+        "waymo": datasets.Waymo,
         "modelnet40": datasets.ModelNet40,
         "scanobjectnn": datasets.ScanObjectNN,
         "scanobjectnn-obj-only": partial(datasets.ScanObjectNN, variant="OBJ_ONLY"),

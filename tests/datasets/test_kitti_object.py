@@ -70,6 +70,23 @@ def test_miniature_boxes_hold_their_cars(tmp_path: Path) -> None:
     assert total
 
 
+def test_background_is_a_class_of_its_own(tmp_path: Path) -> None:
+    FIXTURES["kitti"](tmp_path, 3)
+    plain, whole = KITTIObject(str(tmp_path)), KITTIObject(str(tmp_path), background=True)
+    assert whole.class_names == [*plain.class_names, "background"]
+    names = [scene.name for scene in plain.scenes("train") if plain.objects(scene)]
+    label = tmp_path / "training" / "label_2" / f"{names[0]}.txt"
+    label.write_text(label.read_text().replace("Car", "Van", 1))
+    index = [scene.name for scene in plain.scenes("train")].index(names[0])
+    before, after = plain.load("train", index), whole.load("train", index)
+    assert torch.equal(before.get("instance"), after.get("instance"))
+    outside = before.get("instance") < 0
+    assert (after.get("segment")[outside] == 3).all()
+    assert torch.equal(before.get("segment")[~outside], after.get("segment")[~outside])
+    assert (after.get("segment")[before.get("instance") == 0] == -1).all()  # in the box of the van
+    assert (whole.load("test", 0).get("segment") == -1).all()
+
+
 def test_the_picture_tells_what_the_camera_sees(tmp_path: Path) -> None:
     FIXTURES["kitti"](tmp_path, 0)
     before = KITTIObject(str(tmp_path)).load("train", 0).num_points

@@ -311,16 +311,6 @@ def fast_dev_run(config: Path, root: Path, folder: Path) -> int:
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
-@pytest.mark.filterwarnings("ignore:.*damaged")
-def test_every_published_config_runs_on_its_miniature(config: Path, raw: Path, tmp_path: Path) -> None:
-    name = "scannet" if config.parent.name == "scannet200" else config.parent.name
-    if name not in FIXTURES:
-        pytest.skip("not one of the published scene sets")
-    assert fast_dev_run(config, raw / name, tmp_path) == 0
-
-
 def test_points_without_labels_stay_usable(raw: Path) -> None:
     points = build("semantickitti", raw).load("test", 0)
     assert isinstance(points, Points)
