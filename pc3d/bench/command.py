@@ -167,8 +167,7 @@ def _parser() -> argparse.ArgumentParser:
         "--depth", type=int, help="bits per axis (default: what the cells need, as published models do)"
     )
     networks = ops.add_parser("backbones", help="whole backbones: forward pass and training step, time and memory")
-    _add_shared(networks, points=200_000, sizes=[0.05])
-    networks.set_defaults(rounds=3)
+    _add_shared(networks, points=200_000, sizes=[0.05], rounds=3, least=1)
     networks.add_argument("--model", action="append", metavar="NAME", help="may repeat (default: all)")
     experiments = ops.add_parser("configs", help="the models of configs on a training batch of their own data")
     experiments.add_argument("configs", nargs="+", type=Path, metavar="CONFIG", help="experiments, as for pc3d train")
@@ -204,7 +203,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_shared(parser: argparse.ArgumentParser, points: int, sizes: list[float]) -> None:
+def _add_shared(
+    parser: argparse.ArgumentParser, points: int, sizes: list[float], rounds: int = 9, least: int = LEAST_ROUNDS
+) -> None:
     parser.set_defaults(default_sizes=sizes)
     parser.add_argument("clouds", nargs="*", type=Path, help="readable clouds; none: a generated lidar sweep")
     parser.add_argument(
@@ -214,7 +215,9 @@ def _add_shared(parser: argparse.ArgumentParser, points: int, sizes: list[float]
         "--size", type=float, action="append", help=f"cell edge in metres, may repeat (default {sizes})"
     )
     parser.add_argument("--threads", type=_at_least(1), help="threads of torch and of the kernels (default: torch's)")
-    parser.add_argument("--rounds", type=_at_least(LEAST_ROUNDS), default=9, help="timed rounds, 7 or more (default 9)")
+    parser.add_argument(
+        "--rounds", type=_at_least(least), default=rounds, help=f"timed rounds, {least} or more (default {rounds})"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
 
 

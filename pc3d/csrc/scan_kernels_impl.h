@@ -13,15 +13,7 @@
 namespace pc3d {
 namespace PC3D_ISA {
 
-constexpr int64_t kWidth = PC3D_WIDTH;
-
-typedef float Vec __attribute__((vector_size(kWidth * sizeof(float))));
-typedef int32_t Int __attribute__((vector_size(kWidth * sizeof(float))));
-typedef float Loose __attribute__((vector_size(kWidth * sizeof(float)), aligned(4), may_alias));
-
-inline Vec load(const float *p) { return *reinterpret_cast<const Loose *>(p); }
-inline void store(float *p, Vec v) { *reinterpret_cast<Loose *>(p) = v; }
-inline Vec splat(float s) { return Vec{} + s; }
+#include "vectors.h"
 
 inline Vec load(const float *p, int64_t lanes) {
   if (lanes == kWidth) return load(p);
@@ -51,25 +43,6 @@ inline void add_states(float *p, int64_t state, int64_t lanes, const Vec *in) {
     for (int64_t i = 0; i < lanes; ++i) p[i * state + n] += in[n][i];
 }
 inline void add(float *p, Vec v, int64_t lanes) { store(p, load(p, lanes) + v, lanes); }
-
-// Powers of two beside a polynomial (Cephes); 2 ulp. Saturates at 2^-126 and 2^127.5, NaN stays.
-inline Vec exponential(Vec x) {
-  const Vec low = splat(-87.33654f), high = splat(88.37626f);
-  x = x < low ? low : x;
-  x = x > high ? high : x;
-  const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
-  const Vec t = x * 1.44269504f + shift;
-  const Vec k = t - shift;
-  const Vec r = (x - k * 0.693359375f) - k * -2.12194440e-4f;
-  Vec p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  return reinterpret_cast<Vec>(reinterpret_cast<Int>(p) + (reinterpret_cast<Int>(t) << 23));
-}
 
 inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exponential(-x)); }
 

@@ -18,11 +18,12 @@ from torch.utils.checkpoint import checkpoint
 
 from pc3d.errors import InputError
 from pc3d.nn.rope import Rotation, rotate
+from pc3d.ops.attention import attend, on_attention_kernels
 
-Backend = Literal["auto", "padded", "loop", "flex", "varlen"]
-"""``padded``: fused attention of PyTorch over windows of equal size. ``loop``: window by window, every step written
-out; the reference. ``flex``: FlexAttention with a block mask (GPU). ``varlen``: one flash-attention kernel over windows
-of any size (GPU, half precision, no bias)."""
+Backend = Literal["auto", "kernels", "padded", "loop", "flex", "varlen"]
+"""``kernels``: ours in C++ (CPU, no bias). ``padded``: fused attention of PyTorch over windows of equal size. ``loop``:
+window by window, every step written out; the reference. ``flex``: FlexAttention with a block mask (GPU). ``varlen``:
+one flash-attention kernel over windows of any size (GPU, half precision, no bias)."""
 
 WindowBias = Callable[[Tensor], Tensor]
 """``(W, L)`` int64 rows of W windows to what is added to their scores, ``(W, H, L, L)`` as (query, key)."""
@@ -133,8 +134,8 @@ def window_attention(
         rope: rotates queries and keys first.
         scale: None is ``D ** -0.5``.
         upcast: compute in float32 even for half-precision input or under autocast.
-        backend: see :data:`Backend`; ``auto`` is ``varlen`` where windows differ in length and it can run, else
-            ``padded``.
+        backend: see :data:`Backend`; ``auto`` is ``kernels`` on the CPU and ``varlen`` where windows differ in length,
+            if they can run, else ``padded``.
 
     Returns:
         ``(N, H, D)``, in float32 where ``upcast``; empty input gives empty output.
@@ -151,6 +152,8 @@ def window_attention(
         if not windows.groups:
             return v
         name = _choose(q, windows, bias) if backend == "auto" else backend
+        if name == "kernels":
+            return _by_kernels(q, k, v, windows, bias, scale)
         return _BACKENDS[name](q, k, v, windows, bias, scale).index_select(0, windows.slots)
 
 
@@ -186,8 +189,18 @@ class RelativePositionBias(nn.Module):
 
 
 def _choose(q: Tensor, windows: Windows, bias: WindowBias | None) -> str:
+    if bias is None and on_attention_kernels(q):
+        return "kernels"
     many = len(windows.groups) > 2
     return "varlen" if many and bias is None and _varlen_problem(q) is None else "padded"
+
+
+def _by_kernels(q: Tensor, k: Tensor, v: Tensor, windows: Windows, bias: WindowBias | None, scale: float) -> Tensor:
+    """Of all points ``(N, H, D)`` already."""
+    if bias is not None or not on_attention_kernels(q):
+        problem = "it takes no bias" if bias is not None else f"not for {q.dtype} on {q.device.type}, or not built"
+        raise InputError(f"attention: backend 'kernels' cannot run: {problem}; use 'padded'")
+    return attend(q, k, v, windows.rows, windows.slots, windows.groups, scale)
 
 
 def _padded(q: Tensor, k: Tensor, v: Tensor, windows: Windows, bias: WindowBias | None, scale: float) -> Tensor:
