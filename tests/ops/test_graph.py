@@ -226,6 +226,6 @@ def test_canonical_order_and_edges_equal_the_reference() -> None:
     with use_backend("reference"):
         assert torch.equal(found[0], graph._canonical_order(coord, offsets))
         assert torch.equal(found[1], graph._distinct_edges(edges, place))
-    with pytest.raises(ValueError, match="outside 0..399"):
+    with pytest.raises(ValueError, match=r"outside 0\.\.399"):
         graph._distinct_edges(torch.tensor([[0, 400]]), place)
     assert graph._distinct_edges(edges[:0], place[:0]).shape == (0, 2)
