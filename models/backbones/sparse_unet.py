@@ -27,6 +27,8 @@ from pc3d.sparse import (
     SubMConv3d,
     VoxelBatchNorm,
     conv_norm_act,
+    named_order,
+    reorder,
 )
 from pc3d.voxels import Voxels
 
@@ -77,6 +79,9 @@ class SparseUNet(Backbone):
         norm_default: dataset of clouds that name none.
         context_channels: width of a learned context per dataset that modulates the norms (256 in PPT); None: no
             modulation.
+        order: work on the voxels in this order, on every stage: ``raster``, ``morton``, ``hilbert``, ``soar``,
+            ``soar_two_level`` or ``soar_blocks``; None: as they come. Results differ in rounding only, points keep
+            their rows.
 
     With the defaults and a linear head this is the published network: 39,157,844 parameters for 6 input channels and 20
     classes. :meth:`small` trains on a CPU.
@@ -92,8 +97,10 @@ class SparseUNet(Backbone):
         norm_conditions: Sequence[str] = (),
         norm_default: str | None = None,
         context_channels: int | None = None,
+        order: str | None = None,
     ) -> None:
         super().__init__()
+        self.order = None if order is None else named_order(order)
         if len(channels) != len(layers) or len(layers) % 2 or not layers:
             raise InputError(
                 f"SparseUNet: channels {tuple(channels)} and layers {tuple(layers)} must have the same, even length: "
@@ -163,12 +170,17 @@ class SparseUNet(Backbone):
         return voxels
 
     def forward_features(self, points: Points) -> dict[str, Voxels]:
-        """The voxels after the stem, every encoder and every decoder stage, by the names of ``feature_info``."""
+        """The voxels after the stem, every encoder and every decoder stage, by the names of ``feature_info``.
+
+        Their rows are in the network's ``order``.
+        """
         return dict(self._stages(self._voxels(points)))
 
     def _voxels(self, points: Points) -> Voxels:
         self.check_input(points)
         voxels = points.voxels()
+        if self.order is not None:
+            voxels, _ = reorder(voxels, self.order)
         if self.conditions:
             voxels.context[Condition] = condition_of(
                 points, self.conditions, self.default_condition, self.embedding_table

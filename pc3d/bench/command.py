@@ -10,7 +10,19 @@ from pathlib import Path
 
 import torch
 
-from pc3d.bench import backbones, configs, data, fusion, kernel_maps, scan, segments, serialize, sparse, voxelize
+from pc3d.bench import (
+    backbones,
+    configs,
+    data,
+    fusion,
+    kernel_maps,
+    orders,
+    scan,
+    segments,
+    serialize,
+    sparse,
+    voxelize,
+)
 from pc3d.bench.clouds import load
 from pc3d.bench.figures import draw_growth, draw_ratios
 from pc3d.bench.timing import Timing, machine, report, table
@@ -24,6 +36,7 @@ EXAMPLES = """examples:
   tools/bench.py map --size 0.05 scan.ply sweep.bin --json runs/bench/map.json
   tools/bench.py serialize --size 0.005 --depth 16 --threads 1
   tools/bench.py sparse --threads 1 2 --only subm3_64 map --json runs/bench/sparse.json
+  tools/bench.py orders scan.ply --size 0.05 --threads 1
   tools/bench.py backbones scan.ply --size 0.02 --threads 2 --model PTv3
   tools/bench.py data --config configs/synthetic_rooms/semseg-spunet-small.yaml -- --data.batch_size 4
   tools/bench.py configs configs/synthetic_shapes/*.yaml --threads 2
@@ -62,6 +75,8 @@ def _run(args: argparse.Namespace) -> int:
                 timings += voxelize.bench(points, size, args.rounds)
             elif args.op == "segments":
                 timings += segments.bench(points, size, args.rounds)
+            elif args.op == "orders":
+                timings += orders.bench(points, size, args.rounds)
             elif args.op == "serialize":
                 timings += serialize.bench(points, size, args.depth, args.rounds)
             else:
@@ -175,6 +190,8 @@ def _parser() -> argparse.ArgumentParser:
     experiments.add_argument("--threads", type=_at_least(1), help="threads of torch and of the kernels")
     experiments.add_argument("--rounds", type=_at_least(3), default=5, help="timed rounds, 3 or more (default 5)")
     experiments.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
+    layouts = ops.add_parser("orders", help="sparse layers on voxels in every order, and the time to find the order")
+    _add_shared(layouts, points=200_000, sizes=[0.1])
     graphs = ops.add_parser("segments", help="graph segmentation, step by step")
     _add_shared(graphs, points=200_000, sizes=[0.02, 0.05])
     feeding = ops.add_parser("data", help="the data of a config: stages, loader with workers, training fed by it")

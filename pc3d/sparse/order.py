@@ -5,17 +5,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
+from pc3d.errors import InputError
 from pc3d.ops.order import BlockSoarOrder, CurveOrder, Order, SoarOrder, inverse_permutation
 from pc3d.sparse import maps
 from pc3d.voxels import Voxels
 
-__all__ = ["BlockSoarOrder", "CurveOrder", "Order", "Permutation", "SoarOrder", "apply_in_order", "reorder"]
+__all__ = [
+    "ORDERS",
+    "BlockSoarOrder",
+    "CurveOrder",
+    "Order",
+    "Permutation",
+    "SoarOrder",
+    "apply_in_order",
+    "named_order",
+    "reorder",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +55,27 @@ class _Reordered:
     coord: Tensor
     permutation: Permutation
     context: dict[Any, Any]
+
+
+ORDERS: Mapping[str, Order] = {
+    "raster": CurveOrder("raster"),
+    "morton": CurveOrder("morton"),
+    "hilbert": CurveOrder("hilbert"),
+    "soar": SoarOrder(64),
+    "soar_two_level": SoarOrder(64, 1024),
+    "soar_blocks": BlockSoarOrder(),
+}
+
+
+def named_order(name: str) -> Order:
+    """The order that a config names, one of :data:`ORDERS`.
+
+    Raises:
+        InputError: if there is none of this name.
+    """
+    if name not in ORDERS:
+        raise InputError(f"order {name!r}: there is no such order of voxels, choose from {', '.join(ORDERS)}")
+    return ORDERS[name]
 
 
 def reorder(voxels: Voxels, order: Order) -> tuple[Voxels, Permutation]:

@@ -35,6 +35,16 @@ def test_figures_of_every_engine_are_written(op: str, cases: int, tmp_path: Path
     assert "median ms" in capsys.readouterr().out
 
 
+def test_orders_are_compared_layer_by_layer(tmp_path: Path, capsys) -> None:
+    target = tmp_path / "orders.json"
+    assert main(["orders", "--points", "1500", "--size", "0.5", "--rounds", "7", "--json", str(target)]) == 0
+    timings = json.loads(target.read_text())["timings"]
+    layers = {t["case"] for t in timings if not t["case"].startswith("order ")}
+    assert len(layers) == 6
+    for layer in layers:
+        assert {"raster", "hilbert", "soar", "random"} <= {t["engine"] for t in timings if t["case"] == layer}
+
+
 def test_clouds_of_the_command_line_are_read(tmp_path: Path, capsys) -> None:
     np.save(tmp_path / "cloud.npy", np.random.default_rng(0).random((500, 3), dtype=np.float32))
     assert main(["voxelize", str(tmp_path / "cloud.npy"), "--size", "0.2"]) == 0

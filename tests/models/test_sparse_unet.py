@@ -153,3 +153,25 @@ def test_config_round_trip() -> None:
     again = instantiate(net.to_config())
     assert net.to_config()["class_path"] == "pc3d.models.SparseUNet"
     assert str(again) == str(net)
+
+
+@pytest.mark.parametrize("enc_mode", [False, True])
+@pytest.mark.parametrize("order", ["raster", "hilbert", "soar", "soar_two_level", "soar_blocks"])
+def test_the_order_of_voxels_does_not_show(order: str, enc_mode: bool) -> None:
+    torch.manual_seed(0)
+    plain = SparseUNet(3, **TINY, enc_mode=enc_mode).train()
+    torch.manual_seed(0)
+    ordered = SparseUNet(3, **TINY, enc_mode=enc_mode, order=order).train()
+    points = clouds(150, 0, 60)
+    outs = [network(points) for network in (plain, ordered)]
+    assert_close(outs[1], outs[0], atol=1e-4, rtol=1e-4)
+    for out in outs:
+        out.square().sum().backward()
+    for one, other in zip(plain.parameters(), ordered.parameters(), strict=True):
+        scale = float(one.grad.abs().max()) + 1e-3
+        assert_close(other.grad, one.grad, atol=1e-3 * scale, rtol=1e-3)
+
+
+def test_an_unknown_order_is_named() -> None:
+    with pytest.raises(InputError, match="'zorder': there is no such order of voxels, choose from raster"):
+        SparseUNet(3, **TINY, order="zorder")
