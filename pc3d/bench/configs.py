@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pc3d.bench.backbones import median_ms, peak_mb
+from pc3d.bench.backbones import forget_peak, median_ms, peak_mb
 
 
 @dataclass
@@ -58,6 +58,7 @@ def _measure(config: Path, root: str | None, rounds: int, threads: int) -> Confi
             model.zero_grad(set_to_none=True)
             model(batch.with_attrs()).square().mean().backward()
 
+        forget_peak()
         before = peak_mb()
         model.eval()
         forward_ms, forward_mb = median_ms(forward, rounds), peak_mb() - before
