@@ -107,9 +107,10 @@ def _measure(name: str, coord: Any, grid: Any, rounds: int, threads: int) -> dic
     }
 
 
-def median_ms(run: Callable[[], None], rounds: int) -> float:
+def median_ms(run: Callable[[], object], rounds: int, warm_up: bool = True) -> float:
     """Median of so many runs, after an untimed one."""
-    run()
+    if warm_up:
+        run()
     times = []
     for _ in range(rounds):
         start = time.perf_counter()

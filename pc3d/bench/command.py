@@ -18,6 +18,7 @@ from pc3d.bench import (
     kernel_maps,
     orders,
     scan,
+    scenes,
     segments,
     serialize,
     sparse,
@@ -40,6 +41,7 @@ EXAMPLES = """examples:
   tools/bench.py backbones scan.ply --size 0.02 --threads 2 --model PTv3
   tools/bench.py data --config configs/synthetic_rooms/semseg-spunet-small.yaml -- --data.batch_size 4
   tools/bench.py configs configs/synthetic_shapes/*.yaml --threads 2
+  tools/bench.py scenes --threads 2 --picture runs/bench/scenes.png
   tools/bench.py fusion --seconds 240 --picture runs/bench/fusion.png
   tools/bench.py scan --shape 8x1024x384x16 --threads 2
   tools/bench.py sparse scan.bin:0.05:6 sweep.npz:0.1 --picture runs/bench/sparse.png
@@ -57,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "backbones": _run_backbones,
             "data": _run_data,
             "configs": _run_configs,
+            "scenes": _run_scenes,
         }
         return special.get(args.op, _run)(args)
     except InputError as error:
@@ -104,6 +107,8 @@ def _run_scan(args: argparse.Namespace) -> int:
     timings: list[Timing] = []
     for shape in shapes:
         timings += scan.bench(shape, args.rounds, args.growth)
+        if args.growth:  # lengths rise, so the peak is that of the last one
+            print(f"length {shape[1]:,}: peak memory of the process {backbones.peak_mb():,.0f} MB")
     print(table(timings))
     _write_json(args.json, report(timings, args.rounds))
     return 0
@@ -139,6 +144,16 @@ def _run_configs(args: argparse.Namespace) -> int:
     print(", ".join(f"{key} {value}" for key, value in machine().items() if key != "threads"))
     timings = configs.run(args.configs, args.root, args.rounds, args.threads or torch.get_num_threads())
     _write_json(args.json, {"machine": machine(), "rows": configs.rows(timings)})
+    return 0
+
+
+def _run_scenes(args: argparse.Namespace) -> int:
+    print(", ".join(f"{key} {value}" for key, value in machine().items() if key != "threads"))
+    timings = scenes.run(args.size or scenes.SIZES, args.rounds, args.threads or torch.get_num_threads())
+    _write_json(args.json, {"machine": machine(), "rows": scenes.rows(timings)})
+    if args.picture:
+        draw_growth(scenes.rows(timings), args.picture)
+        print(f"written: {args.picture}")
     return 0
 
 
@@ -192,6 +207,12 @@ def _parser() -> argparse.ArgumentParser:
     experiments.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     layouts = ops.add_parser("orders", help="sparse layers on voxels in every order, and the time to find the order")
     _add_shared(layouts, points=200_000, sizes=[0.1])
+    growing = ops.add_parser("scenes", help="PTv3 with attention and with Mamba on scenes of growing size")
+    growing.add_argument("--size", type=_at_least(10_000), action="append", help="voxels, may repeat (10^4 to 10^6)")
+    growing.add_argument("--threads", type=_at_least(1), help="threads of torch and of the kernels")
+    growing.add_argument("--rounds", type=_at_least(1), default=3, help="timed rounds of small scenes (default 3)")
+    growing.add_argument("--picture", type=Path, metavar="FILE", help="draw time against size")
+    growing.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     graphs = ops.add_parser("segments", help="graph segmentation, step by step")
     _add_shared(graphs, points=200_000, sizes=[0.02, 0.05])
     feeding = ops.add_parser("data", help="the data of a config: stages, loader with workers, training fed by it")
@@ -215,7 +236,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     scans.add_argument("--growth", action="store_true", help="the kernels alone, for lengths from 10^4 to 10^6")
     scans.add_argument("--threads", type=_at_least(1), help="threads of torch and of the kernels (default: torch's)")
-    scans.add_argument("--rounds", type=_at_least(3), default=7, help="timed rounds, 3 or more (default 7)")
+    scans.add_argument("--rounds", type=_at_least(1), default=7, help="timed rounds (default 7)")
     scans.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     return parser
 

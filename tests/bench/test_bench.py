@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from pc3d.bench import configs, scenes
 from pc3d.bench.clouds import lidar_sweep
 from pc3d.bench.command import main
+from pc3d.bench.figures import draw_growth
 from pc3d.bench.timing import check_equal, time_interleaved
 from pc3d.errors import InputError
 from pc3d.models import SparseUNet
@@ -129,11 +131,22 @@ def test_the_network_on_spconv_is_ours() -> None:
 
 
 def test_configs_are_timed(tmp_path: Path, capsys) -> None:
-    config, target = Path(__file__).parents[2] / "configs/synthetic_shapes/cls-vit-tiny.yaml", tmp_path / "configs.json"
-    assert main(["configs", str(config), "--threads", "1", "--rounds", "3", "--json", str(target)]) == 0
-    (row,) = json.loads(target.read_text())["rows"]
-    assert (row["config"], row["clouds"], row["points"]) == ("synthetic_shapes/cls-vit-tiny", 16, 16 * 512)
-    assert row["step_ms"] > row["forward_ms"] > 0
-    assert "1.04 M parameters" in capsys.readouterr().out
+    config, threads = Path(__file__).parents[2] / "configs/synthetic_shapes/cls-vit-tiny.yaml", torch.get_num_threads()
+    timing = configs._measure(config, None, 1, threads)
+    assert (timing.config, timing.clouds, timing.points) == ("synthetic_shapes/cls-vit-tiny", 16, 16 * 512)
+    assert timing.step_ms > timing.forward_ms > 0
+    assert "1.04 M parameters" in configs.line(timing)
     assert main(["configs", str(tmp_path / "none.yaml")]) == 2
     assert "no such file" in capsys.readouterr().err
+
+
+def test_scenes_have_the_size_asked_for_and_are_timed(tmp_path: Path) -> None:
+    points = scenes.scene(30_000)
+    assert points.num_points == 30_000
+    assert len(points.get("grid_coord").unique(dim=0)) == 30_000
+    timings = [scenes._measure(name, 10_000, 1, torch.get_num_threads()) for name in scenes.models()]
+    rows = scenes.rows(timings)
+    assert [row["op"] for row in rows] == ["PTv3.small, attention", "PTv3.small, Mamba"]
+    assert all(row["ms"]["pc3d"] > 0 for row in rows)
+    draw_growth(rows, tmp_path / "scenes.png")
+    assert (tmp_path / "scenes.png").stat().st_size > 0
