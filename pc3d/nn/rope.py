@@ -61,7 +61,7 @@ def rotate(values: Tensor, by: Rotation) -> Tensor:
         ``(N, H, D)`` in the dtype of ``values``; computed in float32 at least.
     """
     wide = values if values.dtype == torch.float64 else values.float()
-    first, second = wide.unflatten(2, (3, 2, -1)).unbind(3)
-    cos, sin = by.cos[:, None], by.sin[:, None]
-    turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=3)
-    return turned.flatten(2).to(values.dtype)
+    cos = torch.stack([by.cos, by.cos], 2).flatten(1)[:, None]
+    sin = torch.stack([-by.sin, by.sin], 2).flatten(1)[:, None]
+    partner = wide.unflatten(2, (3, 2, -1)).flip(3).flatten(2)
+    return torch.addcmul(wide * cos, partner, sin).to(values.dtype)
