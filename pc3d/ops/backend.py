@@ -49,15 +49,20 @@ def cpu_kernels(*tensors: torch.Tensor) -> ModuleType | None:
 
 def on_triton(*tensors: torch.Tensor) -> bool:
     """Whether the Triton kernels of an op are to serve ``tensors``."""
-    if _choice == "reference" or not _has_triton():
+    if _choice == "reference" or not _is_installed("triton"):
         return False
     wanted = "cpu" if _choice == "triton" else "cuda"
     return all(t.device.type in ("cuda", wanted) for t in tensors)
 
 
+def on_package(name: str, *tensors: torch.Tensor) -> bool:
+    """Whether an optional CUDA package is installed and to serve ``tensors``."""
+    return _choice == "auto" and all(t.device.type == "cuda" for t in tensors) and _is_installed(name)
+
+
 @cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+def _is_installed(name: str) -> bool:
+    return find_spec(name) is not None
 
 
 def on_cpu_kernels(*tensors: torch.Tensor) -> bool:

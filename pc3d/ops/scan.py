@@ -6,8 +6,9 @@ states start anew at every cloud, and ``reverse`` walks each cloud from its end 
 Everything is computed in float32 (float64 inputs: in float64) and cast back to the dtype of the input. On the CPU,
 float32 and half inputs go to the C++ kernels, which keep one state per 64 tokens and compute the others again in the
 backward pass: memory grows with length x channels, whatever the size of the state. Their results do not depend on the
-number of threads. On a GPU with Triton they go to :mod:`pc3d.ops.scan_triton`, which works alike. Everything else goes
-to the plain-PyTorch reference, token by token.
+number of threads. On a GPU they go to the packages mamba-ssm (clouds of one length) and causal-conv1d where installed,
+else the scan goes to :mod:`pc3d.ops.scan_triton`, which works alike. Everything else goes to the plain-PyTorch
+reference, token by token.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pc3d.ops.backend import cpu_kernels, on_cpu_kernels, on_triton
+from pc3d.ops import scan_packages
+from pc3d.ops.backend import cpu_kernels, on_cpu_kernels, on_package, on_triton
 
 _LARGEST_STATE = 256
 
@@ -67,6 +69,12 @@ def selective_scan(
     if wide == torch.float32 and B.shape[-1] <= _LARGEST_STATE and on_cpu_kernels(u, offsets):
         save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         y, last, _ = _scan(*tensors, offsets, delta_softplus, reverse, save)
+    elif (
+        wide == torch.float32
+        and on_package("mamba_ssm", u)
+        and scan_packages.serves_scan(tensors[2], B, offsets, initial_state)
+    ):
+        y, last = scan_packages.scan(*tensors[:8], offsets, delta_softplus, reverse)  # type: ignore[call-arg]
     elif wide == torch.float32 and on_triton(u, offsets) and _triton_serves(B, C):
         from pc3d.ops import scan_triton
 
@@ -165,6 +173,8 @@ def causal_conv1d(
     rows, taps, shift = x.to(wide), weight.to(wide), None if bias is None else bias.to(wide)
     if wide == torch.float32 and on_cpu_kernels(x, offsets):
         y = _conv(rows, taps.t(), shift, offsets, silu, reverse)
+    elif wide == torch.float32 and on_package("causal_conv1d", x) and scan_packages.serves_conv(x, taps.shape[1]):
+        y = scan_packages.conv(rows, taps, shift, offsets, silu, reverse)
     else:
         y = _conv_reference(rows, taps, shift, offsets, reverse)
         y = F.silu(y) if silu else y
