@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pc3d.data.dataset import PointDataset, Split
+from pc3d.data.dataset import PointDataset, Split, check_split
 from pc3d.data.sampler import generator_of
 from pc3d.datasets.objects import whole_cloud
 from pc3d.datasets.pickles import read_pickle
@@ -58,6 +58,7 @@ class FewShot(Episode):
         self.root, self._clouds = self.dataset.root, None
 
     def size(self, split: Split) -> int:
+        check_split(split)
         return len(self._episode()[split])
 
     def name(self, split: Split, index: int) -> str:
@@ -140,6 +141,7 @@ class ModelNetFewShot(Episode):
         return self.root / f"{self.way}way_{self.shot}shot" / f"{self.fold}.pkl"
 
     def size(self, split: Split) -> int:
+        check_split(split)
         return len(self._entries(split))
 
     def name(self, split: Split, index: int) -> str:

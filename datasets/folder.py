@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pc3d.data.dataset import IGNORE, LabelMap, PointDataset, Split, Unknown, map_labels, parse_label_map
+from pc3d.data.dataset import IGNORE, LabelMap, PointDataset, Split, Unknown, check_split, map_labels, parse_label_map
 from pc3d.errors import InputError
 from pc3d.io import can_read, read, read_labels
+from pc3d.io.numpy_arrays import load_npy
 from pc3d.points import Points
 
 Tile = tuple[int, int]
@@ -139,6 +140,7 @@ class FolderDataset(PointDataset):
         )
 
     def _units(self, split: Split) -> list[Unit]:
+        check_split(split)
         if self._splits is None:
             self._splits = self._split()
         if split == "train" and not self._splits["train"]:  # fine for a test on other files, an error in training
@@ -349,7 +351,9 @@ def _stamp(file: Path) -> list[Any]:
 
 
 def _read_numbers(path: Path) -> np.ndarray:
+    if path.suffix == ".npy":
+        return load_npy(path)
     try:
-        return np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.loadtxt(path, ndmin=1)
+        return np.loadtxt(path, ndmin=1)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: no readable label file: {' '.join(str(error).split())}") from error

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from pc3d.data.dataset import IGNORE, Split
+from pc3d.datasets.objects import read_list
 from pc3d.datasets.scenes import Scene, SceneDataset
 from pc3d.errors import InputError
 from pc3d.io import read
@@ -54,7 +55,7 @@ class KITTIObject(SceneDataset):
         listing = self.root / "ImageSets" / f"{split}.txt"
         folder = self.root / ("testing" if split == "test" and listing.is_file() else "training")
         if listing.is_file():
-            names = listing.read_text().split()
+            names = read_list(listing)
         elif (self.root / "ImageSets").is_dir():
             return []
         else:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from pc3d.data.dataset import PointDataset, Split, integer_codes
+from pc3d.data.dataset import PointDataset, Split, check_split, integer_codes
 from pc3d.errors import InputError
 from pc3d.io import read
 from pc3d.points import Points
@@ -38,6 +38,7 @@ class MOSD(PointDataset):
         self._files = None
 
     def size(self, split: Split) -> int:
+        check_split(split)
         return len(self._split()[split])
 
     def name(self, split: Split, index: int) -> str:

@@ -18,12 +18,10 @@ from rich.table import Table
 
 from pc3d.config import instantiate
 from pc3d.data.dataset import SPLITS, Split
-from pc3d.datasets.scenes import STATS, Scene, SceneDataset, write_prepared
+from pc3d.datasets.scenes import STATS, SUMMARY, Scene, SceneDataset, is_complete, write_prepared
 from pc3d.errors import InputError
 from pc3d.io.atomic import atomic_write
 from pc3d.points import Points
-
-SUMMARY = "summary"
 
 
 @dataclass
@@ -83,7 +81,7 @@ def prepare(dataset: SceneDataset, out: Path, workers: int = 1, shard: tuple[int
         raise InputError(f"{dataset.root}: is prepared already")
     places = sorted(unique)[shard[0] :: shard[1]]
     result = Preparation(dataset.class_names)
-    todo = [place for place in places if not (out / place / STATS).is_file()]
+    todo = [place for place in places if not is_complete(out / place, dataset.writes)]
     result.kept = len(places) - len(todo)
     config = dataset.to_config()
     results = _run([(config, *unique[place], str(out / place)) for place in todo], workers)
@@ -168,7 +166,8 @@ def _sum_up(dataset: SceneDataset, out: Path, unique: dict[str, tuple[Split, int
         places = [place for place, (owner, _) in unique.items() if owner == split]
         if not places:
             continue
-        stats = [json.loads(path.read_text()) for p in sorted(places) if (path := out / p / STATS).is_file()]
+        done = [place for place in sorted(places) if is_complete(out / place, dataset.writes)]
+        stats = [json.loads((out / place / STATS).read_text()) for place in done]
         result.points[split] = sum(entry["points"] for entry in stats)
         columns = zip(*(entry["classes"] for entry in stats), strict=True)
         result.classes[split] = [sum(column) for column in columns] or [0] * dataset.num_classes
@@ -176,11 +175,11 @@ def _sum_up(dataset: SceneDataset, out: Path, unique: dict[str, tuple[Split, int
     if any(done < there for done, there in result.scenes.values()):
         return
     content = {"class_names": result.class_names, **{k: getattr(result, k) for k in ("scenes", "points", "classes")}}
-    with atomic_write(out / f"{SUMMARY}.json") as temporary:
+    with atomic_write(out / SUMMARY) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
     try:
         from pc3d.viz.figures import save_class_histogram
 
-        save_class_histogram(out / f"{SUMMARY}.png", result.classes, result.class_names)
+        save_class_histogram((out / SUMMARY).with_suffix(".png"), result.classes, result.class_names)
     except InputError as error:
         Console(stderr=True).print(f"no picture: {error}", markup=False)

@@ -108,7 +108,7 @@ def read_annotation(path: Path) -> np.ndarray:
     try:
         rows = np.array(data.split(), dtype=np.float64)
         if len(rows) == 6 * data.count(b"\n") or len(rows) == 6 * (data.rstrip().count(b"\n") + 1):
-            return _finite(rows.reshape(-1, 6), path)
+            return _checked(rows.reshape(-1, 6), path)
     except ValueError:
         pass
     kept = []
@@ -119,13 +119,14 @@ def read_annotation(path: Path) -> np.ndarray:
         if row is None:
             for filler in (b"0", b" "):
                 row = row if row is not None else _row(_CONTROL.sub(filler, line))
+                row = None if row is not None and max(row[3:]) > 255 else row  # a digit too many
             verdict = "left out" if row is None else "repaired"
             warnings.warn(f"{path}: line {number} is damaged ({line[:60]!r}): {verdict}", stacklevel=2)
         if row is not None:
             kept.append(row)
     if not kept:
         raise InputError(f"{path}: no rows of six numbers x y z r g b")
-    return _finite(np.array(kept), path)
+    return _checked(np.array(kept), path)
 
 
 def _row(line: bytes) -> list[float] | None:
@@ -136,8 +137,15 @@ def _row(line: bytes) -> list[float] | None:
     return row if len(row) == 6 else None
 
 
-def _finite(rows: np.ndarray, path: Path) -> np.ndarray:
+def _checked(rows: np.ndarray, path: Path) -> np.ndarray:
     bad = ~np.isfinite(rows).all(1)
     if bad.any():
         raise InputError(f"{path}: {int(bad.sum())} rows are not finite (first: row {int(bad.argmax()) + 1})")
+    outside = ((rows[:, 3:] < 0) | (rows[:, 3:] > 255)).any(1)
+    if outside.any():
+        row = int(outside.argmax())
+        raise InputError(
+            f"{path}: row {row + 1} has the colour {rows[row, 3:].tolist()} ({int(outside.sum())} such rows): colours "
+            "are 0..255, columns x y z r g b"
+        )
     return rows

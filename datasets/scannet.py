@@ -81,7 +81,12 @@ class ScanNet(SceneDataset):
         assert scene.raw is not None
         mesh, segments, groups = _paths(scene.raw)
         points = read(mesh)
-        attrs = {"color": points.get("color")[:, :3].float(), "normal": vertex_normals(points.coord, read_faces(mesh))}
+        faces = read_faces(mesh)
+        try:
+            normal = vertex_normals(points.coord, faces)
+        except ValueError as error:
+            raise InputError(f"{mesh}: {error}") from error
+        attrs = {"color": points.get("color")[:, :3].float(), "normal": normal}
         if segments is not None and groups is not None:
             attrs |= self._labels(points, segments, groups)
         elif not scene.place.startswith("test/"):
@@ -161,10 +166,13 @@ def vertex_normals(coord: Tensor, faces: np.ndarray) -> Tensor:
     Args:
         coord: ``(N, 3)`` vertices.
         faces: ``(F, 3)`` vertex numbers.
+
+    Raises:
+        ValueError: if a face names a vertex that is not there.
     """
     triangles = torch.from_numpy(faces)
     if len(faces) and (int(triangles.min()) < 0 or int(triangles.max()) >= len(coord)):
-        raise InputError(f"a face names vertex {int(triangles.max())}, the mesh has {len(coord)}")
+        raise ValueError(f"a face names vertex {int(triangles.max())}, the mesh has {len(coord)}")
     corners = coord.double()[triangles]
     normal = torch.linalg.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     total = torch.zeros(len(coord), 3, dtype=torch.float64)

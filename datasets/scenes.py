@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,12 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pc3d.data.dataset import IGNORE, PointDataset, Split
+from pc3d.data.dataset import IGNORE, PointDataset, Split, check_split
 from pc3d.errors import InputError
+from pc3d.io.numpy_arrays import load_npy
 from pc3d.points import Points
 
 _DTYPES = {"coord": "<f4", "color": "u1", "normal": "<f4", "strength": "<f4", "instance": "<i4", "superpoint": "<i4"}
 STATS = "stats.json"
+SUMMARY = "summary.json"
+"""Written into a prepared root when every scene is done."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ class SceneDataset(PointDataset):
         Raises:
             InputError: if the root has neither layout.
         """
+        check_split(split)
         if split not in self._scenes:
             if self.root is None or not self.root.is_dir():
                 raise InputError(f"{type(self).__name__}.root: {self.root} is not a folder; expected {self.layouts}")
@@ -145,6 +150,11 @@ class SceneDataset(PointDataset):
             return None
         clouds = [p.parent for folder in present for p in sorted((self.root / folder).glob("**/coord.npy"))]
         places = [cloud.relative_to(self.root).as_posix() for cloud in clouds]
+        places = [place for place in places if "/." not in place]  # what a killed preparation left
+        if not (self.root / SUMMARY).is_file() and any((self.root / place / STATS).is_file() for place in places):
+            warnings.warn(
+                f"{self.root}: is prepared in part ({SUMMARY} is missing): let pc3d prepare finish", stacklevel=2
+            )
         return [Scene(place.split("/", 1)[-1].replace("/", "_"), place, None) for place in places]
 
 
@@ -154,21 +164,19 @@ def read_prepared(folder: Path) -> Points:
     Raises:
         InputError: if ``coord.npy`` is missing, a file is damaged, or lengths differ.
     """
-    arrays: dict[str, np.ndarray] = {}
-    for path in sorted(folder.glob("*.npy")):
-        try:
-            arrays[path.stem] = np.load(path, mmap_mode="c", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise InputError(f"{path}: no readable .npy array: {' '.join(str(error).split())}") from error
+    arrays = {path.stem: load_npy(path, "c") for path in sorted(folder.glob("*.npy"))}
     if "coord" not in arrays:
         raise InputError(f"{folder}: has no coord.npy")
-    count = len(arrays["coord"])
+    shape = arrays["coord"].shape
+    if len(shape) != 2 or shape[1] != 3:
+        raise InputError(f"{folder / 'coord.npy'}: is {shape}, expected (N, 3)")
+    count = shape[0]
     tensors = {}
     for name, array in arrays.items():
         path = folder / f"{name}.npy"
         if array.ndim == 0 or len(array) != count or array.dtype.kind not in "biuf":
             raise InputError(f"{path}: {array.shape} {array.dtype} does not fit coord.npy with {count} points")
-        if name in ("coord", "color", "normal") and array.shape != (count, 3):
+        if name in ("color", "normal") and array.shape != (count, 3):
             raise InputError(f"{path}: is {array.shape}, expected ({count}, 3)")
         if name.startswith("segment") or name in ("instance", "superpoint"):
             tensors[name] = torch.from_numpy(array.reshape(-1).astype(np.int64))
@@ -180,10 +188,21 @@ def read_prepared(folder: Path) -> Points:
     return Points(tensors.pop("coord"), attrs=tensors, meta=[meta])
 
 
+def is_complete(folder: Path, arrays: bool) -> bool:
+    """Whether an earlier run finished a scene: its counts are there, and ``arrays`` of as many points."""
+    try:
+        count = json.loads((folder / STATS).read_text())["points"]
+        return not arrays or all(len(load_npy(path)) == count for path in [folder / "coord.npy", *folder.glob("*.npy")])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def write_prepared(folder: Path, points: Points, stats: dict[str, object]) -> None:
     """Write a cloud as a prepared folder: complete, or not there at all; the same cloud gives the same bytes."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
+    for left in folder.parent.glob(f".writing-{folder.name}-*"):  # by a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".writing-{folder.name}-", dir=folder.parent))
     try:
         for name, tensor in {"coord": points.coord, **points.attrs}.items():
             array = tensor.detach().cpu().numpy()

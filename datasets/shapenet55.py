@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-import numpy as np
-
 from pc3d.data.dataset import Split
 from pc3d.datasets.meta import facts
 from pc3d.datasets.objects import ObjectDataset, check_share, keep_for_validation, read_list, whole_cloud
 from pc3d.datasets.scenes import Scene
 from pc3d.errors import InputError
+from pc3d.io.numpy_arrays import load_npy
 from pc3d.points import Points
 
 
@@ -58,10 +57,7 @@ class ShapeNet55(ObjectDataset):
         synset = path.name.partition("-")[0]
         if synset not in self._synsets:
             raise InputError(f"{path}: '{synset}' is none of the 55 synsets")
-        try:
-            coord = np.load(path, allow_pickle=False)
-        except FileNotFoundError as error:
-            raise InputError(f"{path}: is missing") from error
-        except (OSError, ValueError, EOFError) as error:
-            raise InputError(f"{path}: not a readable .npy file ({str(error).splitlines()[0]})") from error
+        if not path.is_file():
+            raise InputError(f"{path}: is missing")
+        coord = load_npy(path)
         return whole_cloud(coord, self._synsets[synset], path, scene.name)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pc3d.data.dataset import SPLITS, PointDataset, Split
+from pc3d.data.dataset import SPLITS, PointDataset, Split, check_split
 from pc3d.datasets.synthetic.room import CLASSES, STRUCTURE, Room
 from pc3d.errors import InputError
 from pc3d.points import Points
@@ -59,6 +59,7 @@ class SyntheticRooms(PointDataset):
         raise InputError(f"data.root: {root} is of no use, SyntheticRooms has no files; leave it out")
 
     def size(self, split: Split) -> int:
+        check_split(split)
         return self.rooms[split]
 
     def name(self, split: Split, index: int) -> str:

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 
 import pc3d
+from pc3d.errors import InputError
+from pc3d.io.numpy_arrays import load_npy
 from pc3d.points import Points
 
 FORMAT = 1
@@ -92,7 +94,7 @@ class CloudCache:
                 self._checked.add(path)
             tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
             return Points(tensors.pop("coord"), attrs=tensors, meta=[_restore_meta(manifest["meta"])])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (InputError, OSError, ValueError, KeyError, TypeError):
             shutil.rmtree(path, ignore_errors=True)  # damaged: make room for a new one
             return None
 
@@ -136,7 +138,7 @@ def _read_array(path: Path, entry: dict[str, Any]) -> np.ndarray:
     shape = tuple(entry["shape"])
     if 0 in shape:
         return np.zeros(shape, entry["dtype"])  # nothing to map
-    array = np.load(path, mmap_mode="c", allow_pickle=False)
+    array = load_npy(path, "c")
     if array.shape != shape or array.dtype.str != entry["dtype"]:
         raise ValueError(f"{path.name} does not fit its manifest")
     return array

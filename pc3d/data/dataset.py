@@ -105,6 +105,12 @@ class PointDataset(Configurable, ABC):
         return read_prediction(folder / f"{cloud.meta[0]['name']}.npz", cloud.num_points)
 
 
+def check_split(split: str) -> None:
+    """Raises InputError unless ``split`` is one of :data:`SPLITS`."""
+    if split not in SPLITS:
+        raise InputError(f"split '{split}' is none of {', '.join(SPLITS)}")
+
+
 def parse_label_map(source: LabelMap) -> tuple[dict[int, int], list[str]]:
     """Raw code -> class number, and the class names, from what a user writes.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from pc3d.errors import InputError
 from pc3d.io.atomic import atomic_write
+from pc3d.io.numpy_arrays import load_npz
 from pc3d.metrics.instances import Instances
 
 _INSTANCES = ("rows", "borders", "classes", "scores")
@@ -47,13 +47,9 @@ def read_prediction(path: Path, count: int) -> Prediction:
     Raises:
         InputError: if the file is missing or damaged, or is of another cloud.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: is missing: no prediction was saved for this cloud") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: not a readable .npz file ({' '.join(str(error).split())})") from error
+    if not path.is_file():
+        raise InputError(f"{path}: is missing: no prediction was saved for this cloud")
+    arrays = load_npz(path)
     segment = arrays.get("segment")
     if segment is None or segment.shape != (count,) or segment.dtype.kind not in "iu":
         found = "missing" if segment is None else f"{segment.shape} {segment.dtype}"

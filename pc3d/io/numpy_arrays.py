@@ -8,7 +8,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,13 +22,7 @@ _COORD_KEYS = ("coord", "coords", "xyz", "points", "point", "pos", "positions", 
 def read_npy(path: Path, columns: int | Sequence[str] | None = None) -> Table:
     """A structured array by its field names, or an ``(N, C)`` array that starts with x, y, z (or ``columns``)."""
     names = _names(columns, path)
-    try:
-        # A memory map refuses a file shorter than its header says before any memory is taken.
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except _DAMAGE as error:
-        raise InputError(f"{path}: no readable .npy array: {_one_line(error)}") from error
-    if isinstance(array, np.lib.npyio.NpzFile):
-        raise InputError(f"{path}: is an .npz archive with the suffix .npy: rename it")
+    array = load_npy(path)
     if array.dtype.names:
         if names is not None:
             raise InputError(
@@ -44,7 +38,7 @@ def read_npy(path: Path, columns: int | Sequence[str] | None = None) -> Table:
 def read_npz(path: Path, columns: int | Sequence[str] | None = None) -> Table:
     """Arrays by key; coordinates have the key ``coord`` (or ``xyz``, ``points``, ``pos`` ...) or are the only array."""
     names = _names(columns, path)
-    arrays = _load_npz(path)
+    arrays = load_npz(path)
     if {"x", "y", "z"} <= {key.lower() for key in arrays}:
         coord, count = {}, len(np.atleast_1d(next(values for key, values in arrays.items() if key.lower() == "x")))
     else:
@@ -78,12 +72,37 @@ def write_npz(out: Path, columns: Mapping[str, Array]) -> None:
                 np.lib.format.write_array(entry, np.ascontiguousarray(values), allow_pickle=False)
 
 
-def _load_npz(path: Path) -> dict[str, Array]:
+def load_npy(path: Path, mmap_mode: Literal["r", "c"] = "r") -> Array:
+    """The array of an ``.npy`` file, memory-mapped read-only or copy-on-write.
+
+    Raises:
+        InputError: if the file is missing or damaged, or holds Python objects.
+    """
+    try:
+        # A memory map refuses a file shorter than its header says before any memory is taken.
+        array = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or _one_line(error)}") from error
+    except _DAMAGE as error:
+        raise InputError(f"{path}: no readable .npy array: {_one_line(error)}") from error
+    if isinstance(array, np.lib.npyio.NpzFile):
+        raise InputError(f"{path}: is an .npz archive with the suffix .npy: rename it")
+    return array
+
+
+def load_npz(path: Path) -> dict[str, Array]:
+    """The arrays of an ``.npz`` file by key.
+
+    Raises:
+        InputError: if the file is missing or damaged, or holds Python objects.
+    """
     try:
         archive = np.load(path, allow_pickle=False)
         if isinstance(archive, np.lib.npyio.NpzFile):
             with archive:
                 return {key: archive[key] for key in archive.files}
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or _one_line(error)}") from error
     except (*_DAMAGE, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError, struct.error) as error:
         raise InputError(f"{path}: no readable .npz archive: {_one_line(error)}") from error
     raise InputError(f"{path}: is an .npy array with the suffix .npz: rename it")

@@ -192,7 +192,7 @@ BREAKS: dict[str, tuple[str, str, Any, str]] = {
     "list is no list": ("shapenetpart", "**/shuffled_train_file_list.json", lambda b: b'{"a": 1}', "JSON list"),
     "list cut off": ("shapenetpart", "**/shuffled_train_file_list.json", lambda b: b[:50], "JSON list"),
     "list is gone": ("shapenetpart", "**/shuffled_train_file_list.json", None, "No such file"),
-    "array cut off": ("shapenet55", "{first}", lambda b: b[:300], "not a readable .npy"),
+    "array cut off": ("shapenet55", "{first}", lambda b: b[:300], "no readable .npy"),
     "array gone": ("shapenet55", "{first}", None, "is missing"),
     "cloud cut off": ("medpoints-classification", "{first}", lambda b: b[:-9], "truncated"),
     "labels too few": ("medpoints-segmentation", "**/fold1/coarse_label/*.seg", lambda b: b[:3000], "labels|line"),

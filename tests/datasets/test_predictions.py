@@ -159,7 +159,7 @@ def truncate(path: Path) -> None:
         ("scannet", "instance/{name}.txt", lambda p: p.write_text("../x.txt 5 0.5\n"), "lies outside"),
         ("scannet", "instance/predicted_masks/{name}_002.txt", truncate, "lines for a mesh of"),
         ("scannet", "instance/predicted_masks/{name}_002.txt", Path.unlink, "No such file"),
-        ("s3dis", "{name}.npz", truncate, "not a readable"),
+        ("s3dis", "{name}.npz", truncate, "no readable"),
         ("s3dis", "{name}.npz", Path.unlink, "no prediction was saved"),
         ("s3dis", "{name}.npz", lambda p: np.savez(p, segment=np.zeros(3, int)), "expected"),
         ("semantickitti", "sequences/08/predictions/000000.label", truncate, "labels for a scan"),

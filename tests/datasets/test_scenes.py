@@ -103,7 +103,7 @@ def test_vertex_normals_are_weighted_by_area() -> None:
     normal = vertex_normals(coord, np.array([[0, 1, 2], [0, 3, 1]]))
     torch.testing.assert_close(normal[0], torch.nn.functional.normalize(torch.tensor([0.0, 2.0, 4.0]), dim=0))
     assert normal[4].tolist() == [0, 0, 1]
-    with pytest.raises(InputError, match="vertex 7"):
+    with pytest.raises(ValueError, match="vertex 7"):
         vertex_normals(coord, np.array([[0, 1, 7]]))
 
 
