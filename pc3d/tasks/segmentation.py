@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pc3d.data.prediction import Prediction
 from pc3d.data.transforms import Transform
+from pc3d.errors import InputError
 from pc3d.losses import FeatureLoss, Loss
 from pc3d.metrics import SegmentationMetrics, SegmentationScores, scores_from_confusion
 from pc3d.nn.backbone import Backbone
@@ -23,6 +24,7 @@ from pc3d.tasks.heads import LinearHead, SegmentationHead
 from pc3d.tasks.inference import labels_of, original_rows, predict_cloud
 from pc3d.tasks.optim import OptimizerConfig, ScheduleConfig
 from pc3d.tasks.tables import score_table
+from pc3d.tasks.tiles import in_tiles
 
 
 class SemanticSegmentation(ClassTask):
@@ -47,6 +49,8 @@ class SemanticSegmentation(ClassTask):
         test_augmentations: lists of transforms, one pass each; or the published ``scannet`` (13), ``s3dis``
             (10) or, for objects, ``scaling`` (10); default the plain cloud.
         fragments_per_pass: fragments in one forward pass of the test step.
+        test_crop: cut what has more points into tiles before each pass, outside training, see
+            :func:`~pc3d.tasks.tiles.in_tiles`; None never does.
     """
 
     monitor = ("val/mIoU", "max")
@@ -64,7 +68,10 @@ class SemanticSegmentation(ClassTask):
         freeze: list[str] | None = None,
         test_augmentations: list[list[Transform]] | TestAugmentation | None = None,
         fragments_per_pass: int = 1,
+        test_crop: int | None = None,
     ) -> None:
+        if test_crop is not None and test_crop < 1:
+            raise InputError(f"model.test_crop is {test_crop}: it must be at least 1 point, or null")
         super().__init__(backbone, class_names, criteria, optimizer, schedule, ema_decay)
         self.head = LinearHead(backbone.out_channels, len(class_names)) if head is None else head
         self.feature_criteria = nn.ModuleList(feature_criteria or [])
@@ -72,6 +79,7 @@ class SemanticSegmentation(ClassTask):
             criterion.build(backbone.out_channels, len(class_names))
         self.augmentations = augmentation_passes(test_augmentations)
         self.fragments_per_pass = fragments_per_pass
+        self.test_crop = test_crop
         self.freeze_matching(freeze)
 
     def forward(self, points: Points) -> Tensor:
@@ -80,7 +88,11 @@ class SemanticSegmentation(ClassTask):
 
     def probabilities(self, points: Points) -> Tensor:
         """``(N, K)`` float32 class probabilities of sampled points."""
-        return self(points).float().softmax(1)
+        return self.tiled_logits(points).float().softmax(1)
+
+    def tiled_logits(self, points: Points) -> Tensor:
+        """``(N, K)`` logits, tile by tile where ``test_crop`` asks for it."""
+        return self(points) if self.test_crop is None else in_tiles(self, points, self.test_crop)
 
     # Training --------------------------------------------------------------------------------------------------------
 
@@ -104,7 +116,7 @@ class SemanticSegmentation(ClassTask):
 
     def validation_step(self, batch: Points, batch_idx: int) -> dict[str, Any]:
         self._reseed(-1, batch_idx)
-        logits = self(batch)
+        logits = self.tiled_logits(batch)
         self._loss(logits, batch.get("segment"), "val", batch)
         original, rows = original_rows(batch)
         prediction = self.classes_of(logits, batch)[rows]

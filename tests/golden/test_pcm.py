@@ -18,6 +18,7 @@ from pc3d.models.heads import GlobalContextHead, MLPHead
 from pc3d.ops.serialize import curve_codes
 from pc3d.points import Points
 from pc3d.serialization.traverse import TRAVERSES, released_codes, snake_codes, snake_order
+from pc3d.tasks.tiles import in_tiles
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -128,3 +129,8 @@ def test_networks(golden_dir: Path, name: str) -> None:
         _close(features, arrays["out/global_feat"])
     expected = arrays["out/logits"]
     _close(logits, expected.transpose(1, 2).flatten(0, 1) if expected.ndim == 3 else expected)
+    if "out/logits_cropped" in arrays:
+        with torch.no_grad():
+            tiled = in_tiles(lambda tile: head(network(tile), tile), points, points.num_points // 2)
+        _close(tiled, arrays["out/logits_cropped"].transpose(1, 2).flatten(0, 1))
+        assert not torch.allclose(tiled, logits, atol=1e-3)
