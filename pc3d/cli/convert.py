@@ -22,8 +22,8 @@ EXAMPLES = """\
 
 The config says what the file is a checkpoint of: backbone, classes and pipeline. It may be a training config; no data
 is read. Names and shapes must fit exactly, and what does not is listed. The result works like any export: with predict
-and test, and as --init_from of a training. Of a jointly trained file (PPT) the head of the backbone's pdnorm_default (or
-norm_default) is kept. To .pth, a checkpoint of this package gets the published names back."""
+and test, and as --init_from of a training. Of a jointly trained file (PPT) the head of the backbone's pdnorm_default
+(or norm_default) is kept. To .pth, a checkpoint of this package gets the published names back."""
 
 
 def main(arguments: list[str]) -> int:
