@@ -2,7 +2,8 @@
 
 This is the one documented dispatch setting of the package: :func:`use_backend` (or ``PC3D_BACKEND=reference``) forces
 the plain-PyTorch path, which every kernel is tested against. ``triton`` sends CPU tensors to the Triton kernels, in
-Triton's interpreter (set ``TRITON_INTERPRET=1`` before anything imports Triton): for tests, it is very slow.
+Triton's interpreter (set ``TRITON_INTERPRET=1`` before anything imports Triton): for tests, it is very slow. ``spconv``
+leaves sparse convolution to the package of that name.
 """
 
 from __future__ import annotations
@@ -15,13 +16,21 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import torch
 
-Backend = Literal["auto", "reference", "triton"]
+Backend = Literal["auto", "reference", "triton", "spconv"]
 _IS_BUILT = find_spec("pc3d._C") is not None
-_choice: Backend = "reference" if os.environ.get("PC3D_BACKEND") == "reference" else "auto"
+
+
+def _named(name: str) -> Backend:
+    if name not in get_args(Backend):
+        raise ValueError(f"backend {name!r}: choose from {', '.join(get_args(Backend))}")
+    return cast(Backend, name)
+
+
+_choice = _named(os.environ.get("PC3D_BACKEND", "auto"))
 
 
 @cache
@@ -60,6 +69,13 @@ def on_package(name: str, *tensors: torch.Tensor) -> bool:
     return _choice == "auto" and all(t.device.type == "cuda" for t in tensors) and _is_installed(name)
 
 
+def on_spconv(*tensors: torch.Tensor) -> bool:
+    """Whether the package spconv is to convolve ``tensors``: when chosen, and on a GPU without Triton."""
+    if _choice == "spconv":
+        return True
+    return not _has_triton() and on_package("spconv", *tensors)
+
+
 @cache
 def _is_installed(name: str) -> bool:
     return find_spec(name) is not None
@@ -74,7 +90,7 @@ def on_cpu_kernels(*tensors: torch.Tensor) -> bool:
 def use_backend(choice: Backend) -> Iterator[None]:
     """Inside a block, use the plain-PyTorch reference of every op (``"reference"``) or the fastest one (``"auto"``)."""
     global _choice
-    before, _choice = _choice, choice
+    before, _choice = _choice, _named(choice)
     try:
         yield
     finally:

@@ -2,10 +2,11 @@
 
 Forward ``Y[o] = sum_k X[i] W_k``, input gradient ``dX[i] = sum_k dY[o] W_k^T`` and weight gradient
 ``dW_k = sum X[i]^T dY[o]`` over the pairs ``(i, o)`` of the map. Float32 and half tensors go to the C++ kernels on the
-CPU, which work tile by tile of the output, and to the Triton kernels on a GPU (:mod:`pc3d.ops.conv_triton`); everything
-else goes to the plain-PyTorch reference. Results do not
-depend on the number of threads: the kernels give every sum one owner and one order, and in the reference each kernel
-offset is one single-threaded matrix product, added to the output in ascending order of the offsets.
+CPU, which work tile by tile of the output, and on a GPU to the Triton kernels (:mod:`pc3d.ops.conv_triton`) or, where
+chosen, to the package spconv (:mod:`pc3d.ops.conv_spconv`); everything else goes to the plain-PyTorch reference.
+But for spconv's, results do not depend on the number of threads: the kernels give every sum one owner and one order,
+and in the reference each kernel offset is one single-threaded matrix product, added to the output in ascending order of
+the offsets.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pc3d.ops.backend import cpu_kernels, on_triton
+from pc3d.ops.backend import cpu_kernels, on_spconv, on_triton
 from pc3d.ops.kernel_map import KernelMap
 
 # Pairs as the kernels want them: gathered rows, rows added to, first pair of every group of rows; see `_plan`.
@@ -115,6 +116,12 @@ def sparse_conv(
         feat, weight, bias = feat.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if feat.dtype != weight.dtype:
         raise ValueError(f"feat is {feat.dtype}, weight {weight.dtype}: cast one of them, or use autocast")
+    if on_spconv(feat, kmap.in_rows) and not torch.compiler.is_compiling():
+        from pc3d.ops import conv_spconv
+
+        if feat.dtype in conv_spconv.DTYPES:
+            out = conv_spconv.sparse_conv(feat, weight, kmap, bias)
+            return out if epilogue is None else epilogue(out)
     plan, inverse_plan = conv_plans(feat, kmap)
     chosen = ",".join(astuple(flows or Flows()))
     rows = kmap.in_rows, kmap.out_rows, kmap.offsets
