@@ -73,7 +73,7 @@ def on_spconv(*tensors: torch.Tensor) -> bool:
     """Whether the package spconv is to convolve ``tensors``: when chosen, and on a GPU without Triton."""
     if _choice == "spconv":
         return True
-    return not _has_triton() and on_package("spconv", *tensors)
+    return not _is_installed("triton") and on_package("spconv", *tensors)
 
 
 @cache

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pc3d.ops.backend import cpu_kernels
+from pc3d.ops.backend import cpu_kernels, on_package
 
 
 def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
@@ -97,8 +97,17 @@ def _reduce(name: str, values: Tensor, offsets: Tensor) -> Tensor:
         _check_borders(values, offsets)
     if values.numel() == 0:  # torch.segment_reduce cannot
         return values.new_zeros(len(offsets) - 1, values.shape[1])
+    if name == "sum" and on_package("torch_scatter", values, offsets):
+        return _sum_by_torch_scatter(values, offsets)
     out = torch.segment_reduce(values, name, offsets=offsets, axis=0, unsafe=True)
     return out.masked_fill_((offsets.diff() == 0)[:, None], 0)
+
+
+def _sum_by_torch_scatter(values: Tensor, offsets: Tensor) -> Tensor:
+    """Like torch's, one sum after the other in the order of the rows; its maximum is not used, NaN gets lost there."""
+    from torch_scatter import segment_csr
+
+    return segment_csr(values.detach().contiguous(), offsets, reduce="sum")
 
 
 def _check_borders(values: Tensor, offsets: Tensor) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
+from pc3d.ops import segment
 from pc3d.ops.backend import use_backend
 from pc3d.ops.segment import segment_max, segment_mean, segment_sum
 
@@ -140,3 +143,17 @@ def test_offsets_outside_the_rows_are_refused(backend: str) -> None:
 def test_operators_are_registered_correctly(name: str) -> None:
     values, offsets = _case("plain")
     torch.library.opcheck(getattr(torch.ops.pc3d, name), (values.requires_grad_(), offsets))
+
+
+def test_sums_by_torch_scatter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the CUDA package, which does what its manual says."""
+
+    def segment_csr(src: Tensor, indptr: Tensor, reduce: str) -> Tensor:
+        assert reduce == "sum"
+        return torch.stack([src[a:b].sum(0) for a, b in itertools.pairwise(indptr)])
+
+    package = ModuleType("torch_scatter")
+    package.segment_csr = segment_csr
+    monkeypatch.setitem(sys.modules, "torch_scatter", package)
+    values, offsets = torch.randn(9, 3, requires_grad=True), torch.tensor([0, 4, 4, 9])
+    torch.testing.assert_close(segment._sum_by_torch_scatter(values, offsets), segment.segment_sum(values, offsets))
