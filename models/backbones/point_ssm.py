@@ -32,6 +32,13 @@ from pc3d.ops.segment import segment_max, segment_mean
 from pc3d.points import Points
 
 SCANS = ("x", "y", "z", "center_distance")
+OTHER_SCANS = ("hilbert", "given")
+_BINS = 32  # of the Hilbert scan along each axis of [-1, 1]
+# Octants of the Hilbert scan in the order they are visited; for each, the axes that become x, y and z inside it, and
+# whether they point backwards.
+_OCTANTS = ((0, 0, 0), (1, 0, 0), (1, 1, 0), (0, 1, 0), (0, 1, 1), (1, 1, 1), (1, 0, 1), (0, 0, 1))
+_AXES = ((1, 2, 0), (2, 0, 1), (2, 0, 1), (0, 1, 2), (0, 1, 2), (2, 0, 1), (2, 0, 1), (1, 2, 0))
+_BACKWARDS = ((0, 0, 0), (0, 0, 0), (0, 0, 0), (1, 1, 0), (1, 1, 0), (1, 0, 1), (1, 0, 1), (0, 1, 1))
 Query = Literal["feature", "xyz", "embedding", "ball"]
 
 
@@ -68,7 +75,11 @@ def middle_width(in_channels: int, channels: int) -> int:
 
 
 def scan_rows(coord: Tensor, offsets: Tensor, scans: Sequence[str], flip: bool) -> list[Tensor]:
-    """Rows of each scan, cloud after cloud: along an axis, or from the centroid outwards; then all of them reversed."""
+    """Rows of each scan, cloud after cloud; then all of them reversed.
+
+    A scan goes along an axis ("x", "y", "z"), from the centroid outwards ("center_distance"), along a Hilbert curve
+    ("hilbert"), or through the rows as they are ("given").
+    """
     cloud = sequence_of_row(offsets, len(coord))
     orders = []
     for scan in scans:
@@ -76,14 +87,37 @@ def scan_rows(coord: Tensor, offsets: Tensor, scans: Sequence[str], flip: bool) 
             key = (coord - segment_mean(coord, offsets)[cloud]).norm(dim=1)
         elif scan in ("x", "y", "z"):
             key = coord[:, "xyz".index(scan)]
+        elif scan == "hilbert":
+            key = hilbert_key(coord)
+        elif scan == "given":
+            key = torch.arange(len(coord), device=coord.device)
         else:
-            raise InputError(f"scans: {scan!r} is not one of {', '.join(SCANS)}")
+            raise InputError(f"scans: {scan!r} is not one of {', '.join((*SCANS, *OTHER_SCANS))}")
         rows = key.argsort(stable=True)
         orders.append(rows[cloud[rows].argsort(stable=True)])
     if flip:
         mirrored = offsets[:-1][cloud] + offsets[1:][cloud] - 1 - torch.arange(len(coord), device=coord.device)
         orders += [rows[mirrored] for rows in orders]
     return orders
+
+
+def hilbert_key(coord: Tensor, bins: int = _BINS) -> Tensor:
+    """``(N,)`` int64 place of each point's cell along the Hilbert curve over ``bins`` cells an axis of [-1, 1].
+
+    The curve of the released code, which is none of those in :mod:`pc3d.serialization`; cells outside are those at the
+    border.
+    """
+    octants, axes, backwards = (torch.tensor(table, device=coord.device) for table in (_OCTANTS, _AXES, _BACKWARDS))
+    powers = octants.new_tensor([4, 2, 1])
+    digit_of = (octants * powers).sum(1).argsort()
+    cell = ((coord.double() + 1) * (bins / 2)).clamp(0, bins - 1).long()
+    key, half = torch.zeros_like(cell[:, 0]), bins // 2
+    while half:
+        digit = digit_of[((cell >= half) * powers).sum(1)]
+        inside = (cell % half).gather(1, axes[digit])
+        cell = torch.where(backwards[digit] == 1, half - 1 - inside, inside)
+        key, half = 8 * key + digit, half // 2
+    return key
 
 
 class Grouping(nn.Module):
@@ -155,7 +189,7 @@ class PointSSM(Backbone):
         query: space of the neighbours: previous features, coordinates, position features, or a ball (the first points
             within the radius, then sorted by distance).
         embed_position: learned position features; else the coordinates themselves.
-        scans: orders of the long scans, see :data:`SCANS`; ``flip`` adds their reversals.
+        scans: orders of the long scans, see :func:`scan_rows`; ``flip`` adds their reversals.
         state: of every scan, N; ``head``: channels of a head for Mamba-2 scans, None for Mamba-1.
         groups: of the group norms.
         ffn: blocks with an MLP, hidden widths as multiples; ``group_ffn`` those of the long scans.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pc3d.models.backbones.point_ssm import SCANS, PointSSM, scan_rows
+from pc3d.models.backbones.point_ssm import SCANS, PointSSM, hilbert_key, scan_rows
 from pc3d.models.convert.point_ssm import import_point_ssm, rename_block
 from pc3d.models.heads import FoldingDecoder
 from pc3d.nn.patches import sample_centres
@@ -20,6 +20,16 @@ from pc3d.nn.point_ssm import GroupScan, PointSSMBlock, vanilla_mixer
 from pc3d.ops.point_sets import chamfer_distance, density_aware_chamfer_distance
 from pc3d.points import Points
 from pc3d.tasks.heads import LinearHead
+
+
+SCAN_NAMES = {
+    "x_order": "x",
+    "y_order": "y",
+    "z_order": "z",
+    "center_dist": "center_distance",
+    "hilbert": "hilbert",
+    "nonsort": "given",
+}
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -83,7 +93,7 @@ def _network(meta: dict[str, Any]) -> PointSSM:
         encoder["num_neighbors_k"],
         encoder["neighbor_radius"],
         query=encoder.get("knn_query", "ball"),
-        scans=["center_distance" if s == "center_dist" else s[0] for s in encoder["scan_strategies"]],
+        scans=[SCAN_NAMES[name] for name in encoder["scan_strategies"]],
         flip=encoder["flip_scan"],
         state=encoder["state_channel"],
         groups=encoder["num_norm_groups"],
@@ -173,3 +183,9 @@ def test_sampling_skips_the_origin(golden_dir: Path) -> None:
     xyz = arrays["in/xyz_fps"]
     rows, _ = sample_centres(xyz.flatten(0, 1), _offsets(xyz), 16, ignore_origin=True)
     assert torch.equal(_local(rows, xyz), arrays["out/fps16"])
+
+
+def test_hilbert_order(golden_dir: Path) -> None:
+    arrays, _ = _load(golden_dir / "medpoints-ssm-blocks1.npz")
+    for cloud, rows in zip(arrays["in/xyz"], arrays["out/hilbert8"], strict=True):
+        assert torch.equal(hilbert_key(cloud, bins=8).argsort(stable=True), rows)

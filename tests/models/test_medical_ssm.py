@@ -7,6 +7,7 @@ import torch
 
 from pc3d.errors import InputError
 from pc3d.models import PointSSM
+from pc3d.models.backbones.point_ssm import hilbert_key, scan_rows
 from pc3d.models.heads import FoldingDecoder
 from pc3d.ops.point_sets import chamfer_distance, density_aware_chamfer_distance
 from pc3d.points import Points
@@ -101,3 +102,22 @@ def test_distances_between_sets() -> None:
     assert 0 < density_aware_chamfer_distance(a, borders, b, other)[0] < 1.5
     with pytest.raises(ValueError, match="at least one point"):
         chamfer_distance(a, borders, b[:0], torch.tensor([0, 0]))
+
+
+def test_the_hilbert_scan_steps_from_cell_to_neighbouring_cell() -> None:
+    axis = (torch.arange(16) + 0.5) / 8 - 1
+    cells = torch.cartesian_prod(axis, axis, axis)
+    key = hilbert_key(cells, bins=16)
+    assert torch.equal(key.sort().values, torch.arange(16**3))
+    assert torch.equal((cells[key.argsort()].diff(dim=0).abs().sum(1) * 8).round(), torch.ones(16**3 - 1))
+    assert int(hilbert_key(torch.tensor([[-5.0, -1.0, -1.5]]))) == 0
+
+
+def test_other_scans_keep_clouds_apart() -> None:
+    coord, offsets = torch.rand(30, 3) * 2 - 1, torch.tensor([0, 10, 10, 30])
+    hilbert, given, _, back = scan_rows(coord, offsets, ["hilbert", "given"], flip=True)
+    for start, end in ((0, 10), (10, 30)):
+        assert torch.equal(hilbert[start:end].sort().values, torch.arange(start, end))
+        assert torch.equal(hilbert_key(coord[hilbert[start:end]]).sort().values, hilbert_key(coord[hilbert[start:end]]))
+        assert torch.equal(back[start:end], torch.arange(start, end).flip(0))
+    assert torch.equal(given, torch.arange(30))
