@@ -21,7 +21,6 @@ from pc3d.ops.point_sets import chamfer_distance, density_aware_chamfer_distance
 from pc3d.points import Points
 from pc3d.tasks.heads import LinearHead
 
-
 SCAN_NAMES = {
     "x_order": "x",
     "y_order": "y",
