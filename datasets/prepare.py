@@ -79,6 +79,8 @@ def prepare(dataset: SceneDataset, out: Path, workers: int = 1, shard: tuple[int
         raise InputError(f"{dataset.root}: holds no scene of {type(dataset).__name__}; expected {dataset.layouts}")
     if any(scene.raw is None for split, i in unique.values() for scene in (dataset.scenes(split)[i],)):
         raise InputError(f"{dataset.root}: is prepared already")
+    for left in out.glob(f".{Path(SUMMARY).stem}.*"):  # by a run that was killed
+        left.unlink(missing_ok=True)
     places = sorted(unique)[shard[0] :: shard[1]]
     result = Preparation(dataset.class_names)
     todo = [place for place in places if not is_complete(out / place, dataset.writes)]
@@ -127,13 +129,7 @@ def _prepare_scene(job: Job) -> str | None:
     try:
         points = dataset.load_raw(scene)
         stats = check_scene(dataset, scene, points)
-        if not dataset.writes:
-            folder = Path(target)
-            folder.mkdir(parents=True, exist_ok=True)
-            with atomic_write(folder / STATS) as temporary:
-                temporary.write_text(json.dumps(stats, sort_keys=True) + "\n")
-        else:
-            write_prepared(Path(target), points, stats)
+        write_prepared(Path(target), points if dataset.writes else None, stats)
     except InputError as error:
         return str(error)
     return None

@@ -167,9 +167,12 @@ def read_prepared(folder: Path) -> Points:
     arrays = {path.stem: load_npy(path, "c") for path in sorted(folder.glob("*.npy"))}
     if "coord" not in arrays:
         raise InputError(f"{folder}: has no coord.npy")
-    shape = arrays["coord"].shape
-    if len(shape) != 2 or shape[1] != 3:
-        raise InputError(f"{folder / 'coord.npy'}: is {shape}, expected (N, 3)")
+    shape, dtype = arrays["coord"].shape, arrays["coord"].dtype
+    if len(shape) != 2 or shape[1] != 3 or dtype.kind not in "fiu":
+        raise InputError(f"{folder / 'coord.npy'}: is {shape} {dtype}, expected (N, 3) numbers")
+    bad = ~np.isfinite(arrays["coord"]).all(1)
+    if bad.any():
+        raise InputError(f"{folder / 'coord.npy'}: {int(bad.sum())} points are not finite (first: {int(bad.argmax())})")
     count = shape[0]
     tensors = {}
     for name, array in arrays.items():
@@ -197,14 +200,17 @@ def is_complete(folder: Path, arrays: bool) -> bool:
         return False
 
 
-def write_prepared(folder: Path, points: Points, stats: dict[str, object]) -> None:
-    """Write a cloud as a prepared folder: complete, or not there at all; the same cloud gives the same bytes."""
+def write_prepared(folder: Path, points: Points | None, stats: dict[str, object]) -> None:
+    """Write a cloud (None: its counts alone) as a prepared folder: complete, or not there at all.
+
+    The same cloud gives the same bytes.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(f".writing-{folder.name}-*"):  # by a run that was killed
         shutil.rmtree(left, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".writing-{folder.name}-", dir=folder.parent))
     try:
-        for name, tensor in {"coord": points.coord, **points.attrs}.items():
+        for name, tensor in ({} if points is None else {"coord": points.coord, **points.attrs}).items():
             array = tensor.detach().cpu().numpy()
             kind = _DTYPES.get(name, "<i2" if name.startswith("segment") else None)
             array = array.round().clip(0, 255) if name == "color" else array
