@@ -54,7 +54,11 @@ def main(arguments: list[str]) -> int:
     if options.save is not None:
         experiment.trainer.callbacks.append(SavePredictions(options.save))  # type: ignore[attr-defined]
     experiment.trainer.test(model, datamodule=data, verbose=False)
-    folder = experiment.run.folder
+    folder, counts = experiment.run.folder, model.confusion("test")
+    if counts is not None and not counts.any():
+        print(
+            "no test cloud has labels: the scores above mean nothing (data.test_split: val tests the validation clouds)"
+        )
     print(f"figures: {folder}/summary.json, pictures: {folder}/pictures")
     if options.save is not None:
         print(f"predictions: {options.save}")

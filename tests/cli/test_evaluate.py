@@ -13,7 +13,7 @@ import yaml
 
 from pc3d.cli import main
 from pc3d.data.prediction import Prediction
-from pc3d.datasets import S3DIS, KITTIObject, SemanticKITTI, ShapeNetPart, SyntheticRooms
+from pc3d.datasets import S3DIS, KITTIObject, ScanNet, SemanticKITTI, ShapeNetPart, SyntheticRooms
 from pc3d.datasets.synthetic import objects, scenes
 from pc3d.io.kitti_object import write_objects
 from pc3d.metrics import Instances, SegmentationMetrics
@@ -86,6 +86,25 @@ def test_six_folds_are_scored_in_one_matrix(tmp_path: Path) -> None:
     assert single["OA"] > figures["OA"]
     (tmp_path / "saved" / "Area_2_hallway_1.npz").unlink()
     assert main(["evaluate", "--config", str(path), "--predictions", str(tmp_path / "saved"), "--split", "all"]) == 2
+
+
+def test_a_submission_needs_no_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scenes.scannet(tmp_path / "scannet", 0)
+    dataset = {"class_path": "pc3d.datasets.ScanNet", "init_args": {"root": str(tmp_path / "scannet")}}
+    path, run = config(tmp_path, dataset), tmp_path / "run"
+    assert main(["train", "--config", str(path), "--run_dir", str(run), "--test", "false"]) == 0
+    checkpoint = next((run / "checkpoints").glob("*.ckpt"))
+    command = ["test", "--ckpt", str(checkpoint), "--save", str(tmp_path / "submission"), "--run_dir"]
+    assert main([*command, str(tmp_path / "test")]) == 0
+    assert "no test cloud has labels" in capsys.readouterr().out
+    data = ScanNet(str(tmp_path / "scannet"))
+    written = sorted(p.name for p in (tmp_path / "submission" / "semantic").iterdir())
+    assert written == [f"{data.name('test', 0)}.txt"]
+    lines = (tmp_path / "submission" / "semantic" / written[0]).read_text().split()
+    assert len(lines) == data.load("test", 0).num_points
+    assert main([*command, str(tmp_path / "val"), "--data.test_split", "val"]) == 0
+    assert "no test cloud has labels" not in capsys.readouterr().out
+    assert len(list((tmp_path / "submission" / "semantic").iterdir())) == 2
 
 
 def test_panoptic(tmp_path: Path) -> None:
