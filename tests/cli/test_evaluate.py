@@ -27,7 +27,8 @@ def config(folder: Path, dataset: dict[str, Any], instances: bool = False, grid:
     content = yaml.safe_load(TINY.read_text())
     content["data"]["dataset"] = dataset
     content["data"]["pipeline"] = {"grid_size": grid, "features": ["coord"]}
-    content["trainer"] |= {"callbacks": [], "max_epochs": 1}
+    pictures = {"class_path": "pc3d.tasks.callbacks.SavePictures", "init_args": {"clouds": 0}}
+    content["trainer"] |= {"callbacks": [pictures], "max_epochs": 1, "limit_val_batches": 0}
     if instances:
         head = {"class_path": "pc3d.models.heads.OffsetClustering", "init_args": {"radius": 0.4, "min_points": 5}}
         arguments = {**content["model"], "instance_head": head, "min_instance_points": 5}
@@ -42,6 +43,12 @@ def evaluate(path: Path, folder: Path, *options: str) -> dict[str, float]:
     command = ["evaluate", "--config", str(path), "--predictions", str(folder), "--json", str(target), *options]
     assert main(command) == 0
     return json.loads(target.read_text())
+
+
+@pytest.fixture(autouse=True)
+def _no_confusion_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take a second each to draw, and are tested elsewhere."""
+    monkeypatch.setattr("pc3d.viz.figures.save_confusion_matrix", lambda path, *_: path)
 
 
 @pytest.mark.parametrize("instances", [False, True])
