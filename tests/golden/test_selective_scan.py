@@ -17,7 +17,7 @@ from pc3d.ops.backend import use_backend
 from pc3d.ops.scan import selective_scan, ssd
 
 CASES = ["full", "bare", "grouped", "const", "stiff", "bf16", "len1"]
-pytestmark = pytest.mark.parametrize("backend", ["reference", "auto"])
+BACKENDS = pytest.mark.parametrize("backend", ["reference", "auto"])
 
 
 class Golden:
@@ -46,6 +46,7 @@ def _same(actual: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
     torch.testing.assert_close(actual.float(), expected.reshape(actual.shape), rtol=0, atol=tolerance * largest)
 
 
+@pytest.mark.parametrize("backend", ["reference", "auto", "triton"])
 @pytest.mark.parametrize("case", CASES)
 def test_selective_scan(golden_dir: Path, backend: str, case: str) -> None:
     golden = Golden(golden_dir / "selective-scan-scan1.npz")
@@ -103,6 +104,7 @@ def _check_mixer(golden: Golden, mixer: nn.Module, state: dict[str, Tensor], nam
         _same(gradient, expected, 1e-3)
 
 
+@BACKENDS
 def test_mamba_mixer_and_decoding(golden_dir: Path, backend: str) -> None:
     golden = Golden(golden_dir / "selective-scan-mamba1block1.npz")
     sizes = golden.meta["config"]
@@ -121,6 +123,7 @@ def test_mamba_mixer_and_decoding(golden_dir: Path, backend: str) -> None:
     _same(state, golden.arrays["out/final_ssm_state"])
 
 
+@BACKENDS
 def test_bidirectional_mixer(golden_dir: Path, backend: str) -> None:
     golden = Golden(golden_dir / "pcm-bimamba1.npz")
     meta = golden.meta
@@ -136,6 +139,7 @@ def test_bidirectional_mixer(golden_dir: Path, backend: str) -> None:
         _check_mixer(golden, mixer, golden.group("state/"), ours)
 
 
+@BACKENDS
 def test_chain_of_blocks(golden_dir: Path, backend: str) -> None:
     golden = Golden(golden_dir / "selective-scan-blockchain1.npz")
     width, state = golden.meta["d_model"], golden.meta["d_state"]
@@ -152,6 +156,7 @@ def test_chain_of_blocks(golden_dir: Path, backend: str) -> None:
     _same(hidden + residual, golden.arrays["out/final_sum"])
 
 
+@BACKENDS
 @pytest.mark.parametrize("name", ["mamba2block1", "mamba2simple1"])
 def test_mamba2_mixer(golden_dir: Path, backend: str, name: str) -> None:
     golden = Golden(golden_dir / f"selective-scan-{name}.npz")
@@ -169,6 +174,7 @@ def test_mamba2_mixer(golden_dir: Path, backend: str, name: str) -> None:
         _check_mixer(golden, mixer, golden.group("state/"), str)
 
 
+@BACKENDS
 @pytest.mark.parametrize("case", ["full", "plain", "dlimit", "seqidx"])
 def test_ssd(golden_dir: Path, backend: str, case: str) -> None:
     golden = Golden(golden_dir / "selective-scan-ssd1.npz")
