@@ -3,7 +3,7 @@
 This is the one documented dispatch setting of the package: :func:`use_backend` (or ``PC3D_BACKEND=reference``) forces
 the plain-PyTorch path, which every kernel is tested against. ``triton`` sends CPU tensors to the Triton kernels, in
 Triton's interpreter (set ``TRITON_INTERPRET=1`` before anything imports Triton): for tests, it is very slow. ``spconv``
-leaves sparse convolution to the package of that name.
+leaves sparse convolution to the package of that name; every other op runs as in ``auto``.
 """
 
 from __future__ import annotations
@@ -20,17 +20,32 @@ from typing import Literal, cast, get_args
 
 import torch
 
+from pc3d.errors import InputError
+
 Backend = Literal["auto", "reference", "triton", "spconv"]
+_FASTEST = ("auto", "spconv")  # every op but convolution by its fastest path
 _IS_BUILT = find_spec("pc3d._C") is not None
 
 
-def _named(name: str) -> Backend:
+# Checked when an op asks for it, so that a wrong name in the environment is one clear error and not a failing import.
+_choice: str = os.environ.get("PC3D_BACKEND", "auto")
+
+
+def _chosen() -> Backend:
+    return _checked(_choice)
+
+
+@cache
+def _checked(name: str) -> Backend:
     if name not in get_args(Backend):
-        raise ValueError(f"backend {name!r}: choose from {', '.join(get_args(Backend))}")
+        raise InputError(
+            f"backend {name!r} (PC3D_BACKEND, use_backend) does not exist: choose from {', '.join(get_args(Backend))}"
+        )
+    if name in ("triton", "spconv") and not _is_installed(name):
+        raise InputError(
+            f"backend {name!r} (PC3D_BACKEND, use_backend) needs the package {name}, which is not installed"
+        )
     return cast(Backend, name)
-
-
-_choice = _named(os.environ.get("PC3D_BACKEND", "auto"))
 
 
 @cache
@@ -48,7 +63,7 @@ def cpu_kernels(*tensors: torch.Tensor) -> ModuleType | None:
 
     The thread count of the kernels follows ``torch.get_num_threads()`` at every call.
     """
-    if _choice == "reference" or any(t.device.type != "cpu" for t in tensors):
+    if _chosen() == "reference" or any(t.device.type != "cpu" for t in tensors):
         return None
     kernels = _load()
     if kernels is not None:
@@ -58,7 +73,7 @@ def cpu_kernels(*tensors: torch.Tensor) -> ModuleType | None:
 
 def on_triton(*tensors: torch.Tensor) -> bool:
     """Whether the Triton kernels of an op are to serve ``tensors``."""
-    if _choice == "reference" or not _is_installed("triton"):
+    if _chosen() == "reference" or not _is_installed("triton"):
         return False
     wanted = "cpu" if _choice == "triton" else "cuda"
     return all(t.device.type in ("cuda", wanted) for t in tensors)
@@ -66,12 +81,12 @@ def on_triton(*tensors: torch.Tensor) -> bool:
 
 def on_package(name: str, *tensors: torch.Tensor) -> bool:
     """Whether an optional CUDA package is installed and to serve ``tensors``."""
-    return _choice == "auto" and all(t.device.type == "cuda" for t in tensors) and _is_installed(name)
+    return _chosen() in _FASTEST and all(t.device.type == "cuda" for t in tensors) and _is_installed(name)
 
 
 def on_spconv(*tensors: torch.Tensor) -> bool:
     """Whether the package spconv is to convolve ``tensors``: when chosen, and on a GPU without Triton."""
-    if _choice == "spconv":
+    if _chosen() == "spconv":
         return True
     return not _is_installed("triton") and on_package("spconv", *tensors)
 
@@ -83,14 +98,18 @@ def _is_installed(name: str) -> bool:
 
 def on_cpu_kernels(*tensors: torch.Tensor) -> bool:
     """Whether the C++ extension is to serve ``tensors``; unlike :func:`cpu_kernels`, torch.compile can trace it."""
-    return _IS_BUILT and _choice == "auto" and all(t.device.type == "cpu" for t in tensors)
+    return _IS_BUILT and _choice in _FASTEST and all(t.device.type == "cpu" for t in tensors)
 
 
 @contextlib.contextmanager
 def use_backend(choice: Backend) -> Iterator[None]:
-    """Inside a block, use the plain-PyTorch reference of every op (``"reference"``) or the fastest one (``"auto"``)."""
+    """Inside a block, run ops by ``choice``: see the module's text.
+
+    Raises:
+        InputError: if there is no such backend, or its package is not installed.
+    """
     global _choice
-    before, _choice = _choice, _named(choice)
+    before, _choice = _choice, _checked(choice)
     try:
         yield
     finally:
