@@ -9,24 +9,15 @@ from torch import Tensor, nn
 
 from pc3d.errors import InputError
 from pc3d.points import Points
+from pc3d.sparse.sequence import VoxelBatchNorm
 
 
-class PointBatchNorm(nn.BatchNorm1d):
-    """Batch normalisation over points, with the constants of the Pointcept models; in float32 under autocast.
+class PointBatchNorm(VoxelBatchNorm):
+    """The same batch normalisation over points, in float32 under autocast."""
 
-    Raises:
-        InputError: in training mode with fewer than two points, which have no variance.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, eps=1e-3, momentum=0.01)
+    rows = "points"
 
     def forward(self, feat: Tensor) -> Tensor:
-        if self.training and len(feat) < 2:
-            raise InputError(
-                f"batch normalisation cannot train on a batch with {len(feat)} points in a stage, it needs two; "
-                "use larger crops, a larger batch or a smaller grid size"
-            )
         return super().forward(feat.to(self.weight.dtype))
 
 

@@ -37,14 +37,11 @@ def _chosen() -> Backend:
 
 @cache
 def _checked(name: str) -> Backend:
+    which = f"backend {name!r} (PC3D_BACKEND, use_backend)"
     if name not in get_args(Backend):
-        raise InputError(
-            f"backend {name!r} (PC3D_BACKEND, use_backend) does not exist: choose from {', '.join(get_args(Backend))}"
-        )
+        raise InputError(f"{which} does not exist: choose from {', '.join(get_args(Backend))}")
     if name in ("triton", "spconv") and not _is_installed(name):
-        raise InputError(
-            f"backend {name!r} (PC3D_BACKEND, use_backend) needs the package {name}, which is not installed"
-        )
+        raise InputError(f"{which} needs the package {name}, which is not installed")
     return cast(Backend, name)
 
 

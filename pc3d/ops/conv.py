@@ -110,12 +110,7 @@ def sparse_conv(
             f"feat has {len(feat)} rows and weight {len(weight)} kernel offsets; "
             f"the kernel map has {kmap.num_in} and {kmap.kernel_volume}"
         )
-    device = feat.device.type
-    if torch.is_autocast_enabled(device) and feat.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        feat, weight, bias = feat.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if feat.dtype != weight.dtype:
-        raise ValueError(f"feat is {feat.dtype}, weight {weight.dtype}: cast one of them, or use autocast")
+    feat, weight, bias = operands(feat, weight, bias)
     if on_spconv(feat, kmap.in_rows) and not torch.compiler.is_compiling():
         from pc3d.ops import conv_spconv
 
@@ -129,6 +124,21 @@ def sparse_conv(
         return _multiply(feat, weight, bias, plan, kmap.num_out, chosen, epilogue)
     out = _sparse_conv(feat, weight, bias, *rows, kmap.num_out, plan, inverse_plan, chosen)
     return out if epilogue is None else epilogue(out)
+
+
+def operands(feat: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As autocast wants them, where it is on.
+
+    Raises:
+        ValueError: if features and weight differ in dtype.
+    """
+    device = feat.device.type
+    if torch.is_autocast_enabled(device) and feat.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        feat, weight, bias = feat.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if feat.dtype != weight.dtype:
+        raise ValueError(f"feat is {feat.dtype}, weight {weight.dtype}: cast one of them, or use autocast")
+    return feat, weight, bias
 
 
 def _fuses(feat: Tensor, plan: Plan, flows: str) -> bool:
@@ -179,7 +189,7 @@ def _sparse_conv(
         )
     if flows.startswith("os") and _kernels(feat, plan) is not None:
         return _multiply(feat, weight, bias, plan, num_out, flows, Epilogue())
-    wide = _accumulation_dtype(feat.dtype)
+    wide = accumulation_dtype(feat.dtype)
     out = feat.new_zeros(num_out, weight.shape[2], dtype=wide)
     with _exact_sums(feat):
         for k, (start, end) in enumerate(pair_runs(offsets)):
@@ -213,7 +223,7 @@ def _weight_grad(
         left, right = _features(feat), _features(grad.to(feat.dtype))
         kernels.conv_weight_grad(left, right, in_rows.contiguous(), out_rows.contiguous(), offsets, out)
         return out.to(feat.dtype)
-    wide = _accumulation_dtype(feat.dtype)
+    wide = accumulation_dtype(feat.dtype)
     out = feat.new_zeros(len(offsets) - 1, feat.shape[1], grad.shape[1], dtype=wide)
     with _exact_sums(feat):
         for k, (start, end) in enumerate(pair_runs(offsets)):
@@ -379,7 +389,7 @@ def _plain(tensor: Tensor, strided: bool = False) -> Tensor:
     return tensor if strided else tensor.contiguous()
 
 
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pc3d.ops.backend import cpu_kernels
-from pc3d.ops.conv import Plan, conv_plans, pair_runs, planned_for_triton
+from pc3d.ops.conv import Plan, accumulation_dtype, conv_plans, operands, pair_runs, planned_for_triton
 from pc3d.ops.kernel_map import KernelMap
 
 
@@ -40,12 +40,7 @@ def depthwise_conv(feat: Tensor, weight: Tensor, kmap: KernelMap, bias: Tensor |
             f"feat {tuple(feat.shape)} and weight (K, C) = {tuple(weight.shape)} do not fit a kernel map of "
             f"{kmap.num_in} rows and {kmap.kernel_volume} kernel offsets"
         )
-    device = feat.device.type
-    if torch.is_autocast_enabled(device) and feat.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        feat, weight, bias = feat.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if feat.dtype != weight.dtype:
-        raise ValueError(f"feat is {feat.dtype}, weight {weight.dtype}: cast one of them, or use autocast")
+    feat, weight, bias = operands(feat, weight, bias)
     rows = kmap.in_rows, kmap.out_rows, kmap.offsets
     out = _depthwise(feat, weight, *rows, kmap.num_out, *conv_plans(feat, kmap))
     return out if bias is None else out + bias
@@ -71,7 +66,7 @@ def _depthwise(
         out = feat.new_empty(num_out, feat.shape[1], dtype=torch.float32)
         kernels.depthwise_forward(_plain(feat), _plain(weight), *plan, out)
         return out.to(feat.dtype)
-    out = feat.new_zeros(num_out, feat.shape[1], dtype=_wide(feat))
+    out = feat.new_zeros(num_out, feat.shape[1], dtype=accumulation_dtype(feat.dtype))
     for k, (start, end) in enumerate(pair_runs(offsets)):
         out.index_add_(0, out_rows[start:end], feat[in_rows[start:end]].to(out.dtype) * weight[k])
     return out.to(feat.dtype)
@@ -163,7 +158,3 @@ def _kernels(feat: Tensor, plan: Plan) -> ModuleType | None:
 
 def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().float().contiguous()
-
-
-def _wide(feat: Tensor) -> torch.dtype:
-    return torch.float32 if feat.dtype in (torch.float16, torch.bfloat16) else feat.dtype

@@ -19,13 +19,15 @@ class VoxelBatchNorm(nn.BatchNorm1d):
         InputError: in training mode with fewer than two voxels, which have no variance.
     """
 
+    rows = "voxels"  # what an error calls them
+
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=1e-3, momentum=0.01)
 
     def forward(self, feat: Tensor) -> Tensor:
         if self.training and len(feat) < 2:
             raise InputError(
-                f"batch normalisation cannot train on a batch with {len(feat)} voxels in a stage, it needs two; "
+                f"batch normalisation cannot train on a batch with {len(feat)} {self.rows} in a stage, it needs two; "
                 "use larger crops, a larger batch or a smaller grid size"
             )
         return super().forward(feat)
