@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -140,8 +140,3 @@ def line(timing: BackboneTiming) -> str:
         f"{timing.forward_ms:>8,.0f} ms {timing.forward_mb:>6,.0f} MB, step {timing.step_ms:>8,.0f} ms "
         f"{timing.step_mb:>6,.0f} MB, {timing.parameters / 1e6:.2f} M parameters"
     )
-
-
-def rows(timings: Sequence[BackboneTiming]) -> list[dict[str, Any]]:
-    """As JSON holds them."""
-    return [asdict(timing) for timing in timings]

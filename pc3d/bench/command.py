@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -123,7 +124,7 @@ def _run_backbones(args: argparse.Namespace) -> int:
     threads = args.threads or torch.get_num_threads()
     clouds = load(args.clouds, args.points)
     timings = backbones.run(clouds, (args.size or args.default_sizes)[0], names, args.rounds, threads)
-    _write_json(args.json, {"machine": machine(), "rows": backbones.rows(timings)})
+    _write_json(args.json, {"machine": machine(), "rows": [asdict(timing) for timing in timings]})
     return 0
 
 
@@ -143,7 +144,7 @@ def _run_configs(args: argparse.Namespace) -> int:
             raise InputError(f"{config}: no such file")
     print(", ".join(f"{key} {value}" for key, value in machine().items() if key != "threads"))
     timings = configs.run(args.configs, args.root, args.rounds, args.threads or torch.get_num_threads())
-    _write_json(args.json, {"machine": machine(), "rows": configs.rows(timings)})
+    _write_json(args.json, {"machine": machine(), "rows": [asdict(timing) for timing in timings]})
     return 0
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 
@@ -76,8 +75,3 @@ def line(timing: ConfigTiming) -> str:
         f"{timing.forward_ms:>7,.0f} ms {timing.forward_mb:>6,.0f} MB, step {timing.step_ms:>7,.0f} ms "
         f"{timing.step_mb:>6,.0f} MB, {timing.parameters / 1e6:.2f} M parameters"
     )
-
-
-def rows(timings: Sequence[ConfigTiming]) -> list[dict[str, Any]]:
-    """As JSON holds them."""
-    return [asdict(timing) for timing in timings]

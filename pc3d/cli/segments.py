@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pc3d.cli.parser import Parser
+from pc3d.cli.parser import Parser, split_overrides
 from pc3d.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,15 +38,15 @@ def main(arguments: list[str]) -> int:
         "--color_weight", type=float, nargs="+", default=[0.0, 1.0], metavar="W", help="weights of colour"
     )
     parser.add_argument("--picture", metavar="FILE", help="draw the first cloud, its segments for every k in a panel")
-    at = arguments.index("--") if "--" in arguments else len(arguments)
-    options = parser.parse_args(arguments[:at])
+    own, overrides = split_overrides(arguments)
+    options = parser.parse_args(own)
     from rich.console import Console
     from rich.table import Table
 
     from pc3d.cli.experiment import Experiment, check_configs
     from pc3d.cli.runs import Run
 
-    command = ["--config", options.config, *arguments[at + 1 :]]
+    command = ["--config", options.config, *overrides]
     check_configs(command)
     data = Experiment(command, lambda _: Run(Path("runs"), None, False), "pc3d segments").datamodule
     count = min(options.clouds, data.dataset.size(options.split))

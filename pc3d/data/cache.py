@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 import pc3d
-from pc3d.errors import InputError
 from pc3d.io.numpy_arrays import load_npy
 from pc3d.points import Points
 
@@ -94,7 +93,7 @@ class CloudCache:
                 self._checked.add(path)
             tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
             return Points(tensors.pop("coord"), attrs=tensors, meta=[_restore_meta(manifest["meta"])])
-        except (InputError, OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):
             shutil.rmtree(path, ignore_errors=True)  # damaged: make room for a new one
             return None
 

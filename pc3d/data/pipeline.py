@@ -79,26 +79,28 @@ class Pipeline(Configurable):
     def fragments(
         self, points: Points, augmentation: Sequence[Transform] = (), generator: torch.Generator | None = None
     ) -> Iterator[Points]:
-        """Model inputs that together hold every point of one prepared cloud, made one at a time.
+        """Model inputs that together hold every point of a cloud made by :meth:`prepare_vote`, one at a time.
 
-        ``attrs["index"]`` is the row of each point in ``points``; rows that :meth:`prepare_vote` removes are in no
-        fragment. See :meth:`pc3d.data.transforms.GridSample.fragments`.
+        See :meth:`pc3d.data.transforms.GridSample.fragments`.
 
         Raises:
             InputError: without a ``grid_size``.
         """
         if self.grid_size is None:
             raise InputError("pipeline.grid_size is null: a cloud of an object is not cut into fragments")
-        rows = torch.arange(points.num_points, device=points.device)
-        augmented = Compose(augmentation)(self.prepare_vote(points.with_attrs(index=rows)), generator)
+        augmented = Compose(augmentation)(points, generator)
         last = Compose(self._last())
         for fragment in GridSample(self.grid_size).fragments(augmented):
             yield last(fragment, generator)
 
     def prepare_vote(self, points: Points) -> Points:
-        """The points that vote; where a grid reduced them, ``source`` holds the others with their inverse map."""
+        """The points of one raw cloud that vote; where a grid reduced them, ``source`` is the cloud before it.
+
+        ``attrs["index"]`` is the row of each point in ``points``.
+        """
+        rows = torch.arange(points.num_points, device=points.device)
         sample = [] if self.vote_grid_size is None else [GridSample(self.vote_grid_size, pick="first", inverse=True)]
-        return Compose([*self.prepare, *sample])(points)
+        return Compose([*self.prepare, *sample])(points.with_attrs(index=rows))
 
     def _last(self) -> list[Transform]:
         return [*self.finish, AssembleFeatures(self.features)]

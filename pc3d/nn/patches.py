@@ -69,9 +69,9 @@ def group_patches(points: Points, count: int, size: int, ignore_origin: bool = F
     coord, feat = points.coord, points.get("feat")
     taken, borders = sample_centres(coord, points.offsets, count, ignore_origin)
     place = torch.arange(count, device=coord.device).expand(len(points), count)
-    short = place >= borders.diff()[:, None]
     centres = taken[(borders[:-1, None] + place).clamp(max=len(taken) - 1)]
-    if bool(short.any()):
+    if ignore_origin:
+        short = place >= borders.diff()[:, None]
         centres = torch.where(short, _first_outside_ball(coord, points.offsets)[:, None], centres)
     each = torch.arange(len(points) + 1, device=coord.device) * count
     near, _ = knn(coord[centres.flatten()], each, coord, points.offsets, size)

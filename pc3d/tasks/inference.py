@@ -145,13 +145,13 @@ def _vote(
     generator: torch.Generator | None,
 ) -> Tensor:
     votes = torch.zeros(points.num_points, len(task.class_names), device=task.device)
+    prepared = pipeline.prepare_vote(points)
     for augmentation in passes:
-        fragments = pipeline.fragments(points, augmentation, generator)
+        fragments = pipeline.fragments(prepared, augmentation, generator)
         while group := list(islice(fragments, per_pass)):
             probabilities = _probabilities(task, Points.cat(group)).split([part.num_points for part in group])
             for fragment, part in zip(group, probabilities, strict=True):
                 votes[fragment.get("index").to(task.device)] += part  # rows are unique inside one fragment
-    prepared = pipeline.prepare_vote(_indexed(points))
     if prepared.source is not None:
         source, rows = original_rows(prepared)
         votes[source.get("index").to(task.device)] = votes[prepared.get("index")[rows].to(task.device)]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from pc3d.data.transforms import (
     RandomScale,
     ShufflePoints,
     SphereCrop,
+    Transform,
 )
+from pc3d.points import Points
 
 SIZE = 0.4
 
@@ -33,6 +36,11 @@ def pipeline(**changes: object) -> Pipeline:
         "finish": [NormalizeColor()],
     }
     return Pipeline(**{**parts, **changes})
+
+
+def _fragments(points: Points, augmentation: Sequence[Transform] = (), **changes: object) -> Iterator[Points]:
+    ours = pipeline(**changes)
+    return ours.fragments(ours.prepare_vote(points), augmentation)
 
 
 def test_config_round_trip() -> None:
@@ -101,7 +109,7 @@ def test_evaluation_refuses_to_lose_points_after_sampling() -> None:
 def test_fragments_cover_every_point_and_name_its_row() -> None:
     points = random_points()
     seen = torch.zeros(points.num_points, dtype=torch.int64)
-    for fragment in pipeline().fragments(points):
+    for fragment in _fragments(points):
         rows = fragment.get("index")
         seen[rows] += 1
         assert torch.equal(fragment.get("id"), rows)
@@ -111,8 +119,8 @@ def test_fragments_cover_every_point_and_name_its_row() -> None:
 
 def test_fragments_are_augmented_as_told() -> None:
     points = random_points()
-    plain = next(iter(pipeline().fragments(points)))
-    scaled = next(iter(pipeline().fragments(points, [RandomScale((2.0, 2.0))])))
+    plain = next(iter(_fragments(points)))
+    scaled = next(iter(_fragments(points, [RandomScale((2.0, 2.0))])))
     assert scaled.coord.amax(0)[2] == pytest.approx(2 * CenterShift()(points).coord.amax(0)[2].item(), abs=0.8)
     assert scaled.num_points > plain.num_points
 
@@ -120,5 +128,5 @@ def test_fragments_are_augmented_as_told() -> None:
 def test_fragment_rows_count_in_the_raw_cloud() -> None:
     points = random_points()
     box = CropBox((10, -5, 1, 12, -2, 3))
-    rows = torch.cat([f.get("index") for f in pipeline(prepare=[box, CenterShift()]).fragments(points)])
+    rows = torch.cat([f.get("index") for f in _fragments(points, prepare=[box, CenterShift()])])
     assert torch.equal(rows.unique(), box(points).get("id"))
