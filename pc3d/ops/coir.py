@@ -3,7 +3,8 @@
 CORF (compressed output response field) has a record per output voxel and lists the inputs it needs; CIRF (compressed
 input response field) one per input voxel and lists the outputs it feeds. The tile-local form replaces the partners of
 ``tile`` consecutive records by 8 or 16 bit positions in one list of the tile's distinct partners: the closer the order
-of the voxels keeps neighbours, the shorter these lists. Idea: AccSS3D (arXiv 2011.12669); the layout is ours.
+of the voxels keeps neighbours, the shorter these lists. Idea: AccSS3D (arXiv 2011.12669); the layout is ours. The
+Triton kernels read the records (:mod:`pc3d.ops.conv_triton`): CORF in the forward pass, CIRF in the input gradient.
 """
 
 from __future__ import annotations
@@ -44,6 +45,13 @@ class Coir:
     partners: Tensor
     kernel_volume: int
     num_partners: int
+
+    @property
+    def starts(self) -> Tensor:
+        """``(M, ceil(K / 32))``, int32 where P allows: place in ``partners`` of the first partner under each word."""
+        counts = _popcount(self.masks.long() & (1 << _WORD) - 1).flatten()
+        starts = counts.cumsum(0) - counts
+        return starts.view(self.masks.shape).to(torch.int32 if len(self.partners) < 2**31 else torch.int64)
 
     @property
     def nbytes(self) -> int:
@@ -90,12 +98,15 @@ def encode(kmap: KernelMap, field: Field) -> Coir:
     if field is Field.CIRF:
         owners, partners, count, others = partners, owners, others, count
     volume = kmap.kernel_volume
-    offset = torch.repeat_interleave(torch.arange(volume), kmap.offsets.diff()).to(owners.device)
-    order = (owners.long() * volume + offset).argsort()
+    counts = kmap.offsets.diff().to(owners.device)
+    offset = torch.repeat_interleave(torch.arange(volume, device=owners.device), counts, output_size=len(owners))
+    word, bit = owners.long() * _words(volume) + offset // _WORD, offset % _WORD
     masks = torch.zeros(count * _words(volume), dtype=torch.int64, device=owners.device)
-    masks.index_add_(0, owners.long() * _words(volume) + offset // _WORD, 1 << (offset % _WORD))
+    masks.index_add_(0, word, 1 << bit)
     signed = torch.where(masks >= 1 << (_WORD - 1), masks - (1 << _WORD), masks).to(torch.int32)
-    return Coir(field, signed.view(count, _words(volume)), partners[order], volume, others)
+    coir = Coir(field, signed.view(count, _words(volume)), torch.empty_like(partners), volume, others)
+    coir.partners[coir.starts.flatten()[word] + _popcount(masks[word] & (1 << bit) - 1)] = partners
+    return coir
 
 
 def decode(coir: Coir) -> KernelMap:
@@ -155,6 +166,13 @@ def bytes_per_voxel(kmap: KernelMap, tile: int = 64) -> dict[str, float]:
 
 def _words(volume: int) -> int:
     return -(-volume // _WORD)
+
+
+def _popcount(words: Tensor) -> Tensor:
+    """Set bits of int64 values below 2^32."""
+    pairs = words - (words >> 1 & 0x55555555)
+    fours = (pairs & 0x33333333) + (pairs >> 2 & 0x33333333)
+    return ((fours + (fours >> 4) & 0x0F0F0F0F) * 0x01010101 & 0xFFFFFFFF) >> 24
 
 
 def _set_bits(masks: Tensor, volume: int) -> tuple[Tensor, Tensor]:

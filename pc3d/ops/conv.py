@@ -354,7 +354,7 @@ def conv_plans(feat: Tensor, kmap: KernelMap) -> tuple[Plan, Plan]:
 
 
 def planned_for_triton(plan: Plan) -> bool:
-    return len(plan) == 7  # the C++ kernels' plans have three parts, the reference's none
+    return len(plan) == 9  # the C++ kernels' plans have three parts, the reference's none
 
 
 def _plan(kernels: ModuleType, gather: Tensor, scatter: Tensor, offsets: Tensor, sources: int, rows: int) -> Plan:

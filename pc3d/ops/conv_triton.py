@@ -1,9 +1,10 @@
 """Sparse convolution on a GPU: Triton kernels behind :mod:`pc3d.ops.conv`.
 
-Forward and input gradient are an implicit matrix product: a tile of output rows looks its inputs up in a table, kernel
-offset after kernel offset, and skips offsets that none of its rows has. Rows are ordered by the set of offsets they
-have, in windows of 32 offsets, so that tiles skip much. Every output has one writer and one order of summation, and the
-partial weight gradients are added in a fixed order: nothing depends on the schedule of the device.
+Forward and input gradient are an implicit matrix product over COIR records (:mod:`pc3d.ops.coir`): a tile of output
+rows walks through its records, kernel offset after kernel offset, and skips offsets that none of its rows has. Rows are
+ordered by the set of offsets they have, in windows of 32 offsets, so that tiles skip much. Every output has one writer
+and one order of summation, and the partial weight gradients are added in a fixed order: nothing depends on the schedule
+of the device.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pc3d.ops.coir import Coir, Field, encode
 from pc3d.ops.kernel_map import KernelMap
 from pc3d.ops.tune import fastest
 
@@ -33,7 +35,8 @@ _GRADIENT_BLOCKS = ((32, 32, 32, 4), (64, 64, 32, 4), (64, 64, 64, 8), (32, 64, 
 
 @triton.jit
 def _forward_kernel(
-    x, w, bias, y, table, order, tile_ptr, tile_offset, rows, cin, cout, stride_k, stride_in, stride_out,
+    x, w, bias, y, masks, starts, partners, order, tile_ptr, tile_offset, rows, cin, cout,
+    stride_k, stride_in, stride_out,
     HAS_BIAS: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
@@ -51,11 +54,14 @@ def _forward_kernel(
         total = tl.zeros((BM, BN), tl.float32)
         if HAS_BIAS:
             total += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+    present = tl.load(masks + out, mask=live, other=0)
+    partner = tl.load(starts + out, mask=live, other=0)
     for at in range(tl.load(tile_ptr + tile), tl.load(tile_ptr + tile + 1)):
-        k = tl.load(tile_offset + at).to(tl.int64)
-        source = tl.load(table + k * rows + out, mask=live, other=-1)
-        has = source >= 0
-        base = source.to(tl.int64) * cin
+        offset = tl.load(tile_offset + at)
+        has = ((present >> offset % 32) & 1) != 0
+        base = tl.load(partners + partner, mask=has, other=0).to(tl.int64) * cin
+        partner += has.to(partner.dtype)  # the tile visits every offset of its records, in their order
+        k = offset.to(tl.int64)
         for first in range(0, cin, BK):
             channel = first + tl.arange(0, BK)
             known = channel < cin
@@ -108,35 +114,30 @@ def _sum_chunks_kernel(partial, out, chunk_ptr, size, BLOCK: tl.constexpr):
     tl.store(out + k * size + place, total, mask=inside)
 
 
-def plan(gather: Tensor, scatter: Tensor, offsets: Tensor, rows: int) -> list[Tensor]:
+def plan(records: Coir, offsets: Tensor) -> list[Tensor]:
     """What the kernels want of a kernel map, on its device.
 
     Args:
-        gather, scatter: ``(P,)`` int32 rows read and rows added to, grouped by kernel offset.
-        offsets: ``(K + 1,)`` int64 on the CPU.
-        rows: number of rows added to.
+        records: of the rows added to.
+        offsets: ``(K + 1,)`` int64 on the CPU, pairs of each kernel offset.
 
     Returns:
-        ``table (K, rows)`` int32 row read under each offset, -1 for none; ``order (W, rows)`` int32 rows per window of
-        offsets, those with the same offsets together; ``tile_ptr (W * (tiles + 1),)`` and ``tile_offset`` the offsets
-        that occur in each tile; ``chunk_begin``, ``chunk_end`` pairs of each partial weight gradient, and
-        ``chunk_ptr (K + 1,)`` those of each offset; all int32.
+        ``masks`` and ``starts (W, rows)`` of the records per window of offsets, and their ``partners (P,)``;
+        ``order (W, rows)`` int32 rows, those with the same offsets together; ``tile_ptr (W * (tiles + 1),)`` and
+        ``tile_offset`` the offsets that occur in each tile; ``chunk_begin``, ``chunk_end`` pairs of each partial weight
+        gradient, and ``chunk_ptr (K + 1,)`` those of each offset; all int32.
     """
-    device, volume = gather.device, len(offsets) - 1
-    kernel = torch.repeat_interleave(
-        torch.arange(volume, device=device), offsets.diff().to(device), output_size=len(gather)
-    )
-    table = torch.full((volume, rows), -1, dtype=torch.int32, device=device)
-    table[kernel, scatter.long()] = gather
+    device, volume, rows = records.masks.device, records.kernel_volume, len(records.masks)
+    masks = records.masks.T.contiguous()
     orders, pointers, lists, start = [], [], [], 0
     tiles = -(-rows // TILE)
     for first in range(0, volume, WINDOW):
-        part = table[first : first + WINDOW] >= 0
-        bits = (part.long() << torch.arange(len(part), device=device)[:, None]).sum(0)
-        order = bits.argsort(stable=True)
-        padded = torch.zeros(len(part), tiles * TILE, dtype=torch.bool, device=device)
-        padded[:, :rows] = part[:, order]
-        occurs = padded.view(len(part), tiles, TILE).any(2).T
+        present = masks[first // WINDOW]
+        order = present.argsort(stable=True)
+        padded = present.new_zeros(tiles * TILE)
+        padded[:rows] = present[order]
+        bits = torch.arange(min(WINDOW, volume - first), dtype=torch.int32, device=device)
+        occurs = (padded.view(tiles, TILE, 1) >> bits & 1).any(1)
         counts = occurs.sum(1)
         orders.append(order.to(torch.int32))
         pointers.append(start + torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
@@ -147,7 +148,9 @@ def plan(gather: Tensor, scatter: Tensor, offsets: Tensor, rows: int) -> list[Te
     empty = torch.empty(0, dtype=torch.int32, device=device)
     pointer = torch.cat(pointers).to(torch.int32) if pointers else empty
     return [
-        table,
+        masks,
+        records.starts.T.contiguous(),
+        records.partners,
         torch.stack(orders) if orders else empty[None],
         pointer,
         torch.cat(lists).to(torch.int32) if lists else empty,
@@ -171,17 +174,17 @@ def _chunks(offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def kernel_map_plans(kmap: KernelMap) -> tuple[list[Tensor], list[Tensor]]:
     """Plans of a map and of its inverse, built once; the second is empty without gradients."""
     if "triton" not in kmap.plans:
-        kmap.plans["triton"] = plan(kmap.in_rows, kmap.out_rows, kmap.offsets, kmap.num_out)
+        kmap.plans["triton"] = plan(encode(kmap, Field.CORF), kmap.offsets)
     if not torch.is_grad_enabled():
         return kmap.plans["triton"], []
     if "triton_inverse" not in kmap.plans:
-        kmap.plans["triton_inverse"] = plan(kmap.out_rows, kmap.in_rows, kmap.offsets, kmap.num_in)
+        kmap.plans["triton_inverse"] = plan(encode(kmap, Field.CIRF), kmap.offsets)
     return kmap.plans["triton"], kmap.plans["triton_inverse"]
 
 
 def forward(feat: Tensor, weight: Tensor, bias: Tensor | None, plan: list[Tensor], num_out: int) -> Tensor:
     """``(num_out, Cout)`` in the dtype of ``feat``, summed in float32; see :func:`pc3d.ops.conv.sparse_conv`."""
-    table, orders, pointer, lists = plan[:4]
+    masks, starts, partners, orders, pointer, lists = plan[:6]
     feat, (volume, cin, cout) = feat.contiguous(), weight.shape
     windows, tiles = len(orders), -(-num_out // TILE)
     out = feat.new_empty(num_out, cout, dtype=torch.float32 if windows > 1 else feat.dtype)
@@ -192,8 +195,8 @@ def forward(feat: Tensor, weight: Tensor, bias: Tensor | None, plan: list[Tensor
         columns, channels, warps, stages = blocks
         for window in range(windows):
             _forward_kernel[tiles, triton.cdiv(cout, columns)](
-                feat, weight, feat if bias is None else bias, out, table, orders[window],
-                pointer[window * (tiles + 1) :], lists, num_out, cin, cout, *weight.stride(),
+                feat, weight, feat if bias is None else bias, out, masks[window], starts[window], partners,
+                orders[window], pointer[window * (tiles + 1) :], lists, num_out, cin, cout, *weight.stride(),
                 HAS_BIAS=bias is not None, ADD=window > 0, BM=TILE, BN=columns, BK=channels,
                 PRECISION=_precision(feat), WIDEN=INTERPRETED, num_warps=warps, num_stages=stages,
             )  # fmt: skip
@@ -205,7 +208,7 @@ def forward(feat: Tensor, weight: Tensor, bias: Tensor | None, plan: list[Tensor
 
 def weight_grad(feat: Tensor, grad: Tensor, in_rows: Tensor, out_rows: Tensor, plan: list[Tensor]) -> Tensor:
     """``(K, Cin, Cout)`` in the dtype of ``feat``; see :func:`pc3d.ops.conv.sparse_conv`."""
-    begin, end, pointer = plan[4:]
+    begin, end, pointer = plan[6:]
     feat, grad = feat.contiguous(), grad.contiguous()
     cin, cout, volume = feat.shape[1], grad.shape[1], len(pointer) - 1
     partial = feat.new_empty(len(begin), cin, cout, dtype=torch.float32)

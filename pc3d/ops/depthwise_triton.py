@@ -1,7 +1,7 @@
 """Depth-wise sparse convolution on a GPU: Triton kernels behind :mod:`pc3d.ops.depthwise`.
 
-A tile of output rows and channels looks its inputs up kernel offset after kernel offset; weight gradients are summed in
-chunks of pairs, added in a fixed order. The plans are those of :mod:`pc3d.ops.conv_triton`.
+A tile of output rows and channels walks through its COIR records, kernel offset after kernel offset; weight gradients
+are summed in chunks of pairs, added in a fixed order. The plans are those of :mod:`pc3d.ops.conv_triton`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,18 @@ _ROWS, _CHANNELS, _PAIRS = 32, 64, 64
 
 
 @triton.jit
-def _forward_kernel(x, w, y, table, rows, channels, volume, BM: tl.constexpr, BC: tl.constexpr):
+def _forward_kernel(x, w, y, masks, starts, partners, rows, channels, volume, BM: tl.constexpr, BC: tl.constexpr):
     row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     channel = tl.program_id(1) * BC + tl.arange(0, BC)
     live, inside = row < rows, channel < channels
     total = tl.zeros((BM, BC), tl.float32)
+    partner = tl.load(starts + row, mask=live, other=0)
     for k in range(volume):
-        source = tl.load(table + k * rows + row, mask=live, other=-1).to(tl.int64)
-        here = (source >= 0)[:, None] & inside[None, :]
+        present = tl.load(masks + k // 32 * rows + row, mask=live, other=0)
+        has = ((present >> k % 32) & 1) != 0
+        source = tl.load(partners + partner, mask=has, other=0).to(tl.int64)
+        partner += has.to(partner.dtype)
+        here = has[:, None] & inside[None, :]
         values = tl.load(x + source[:, None] * channels + channel[None, :], mask=here, other=0.0).to(tl.float32)
         factors = tl.load(w + k * channels + channel, mask=inside, other=0.0).to(tl.float32)
         total += values * factors[None, :]
@@ -53,18 +57,20 @@ def _weight_grad_kernel(
 
 def forward(feat: Tensor, weight: Tensor, plan: list[Tensor], num_out: int) -> Tensor:
     """``(num_out, C)`` in the dtype of ``feat``, summed in float32; see :func:`pc3d.ops.depthwise.depthwise_conv`."""
-    feat, weight, table = feat.contiguous(), weight.contiguous(), plan[0]
+    feat, weight, (masks, starts, partners) = feat.contiguous(), weight.contiguous(), plan[:3]
     channels = feat.shape[1]
     out = feat.new_empty(num_out, channels)
     if out.numel():
         grid = triton.cdiv(num_out, _ROWS), triton.cdiv(channels, _CHANNELS)
-        _forward_kernel[grid](feat, weight, out, table, num_out, channels, len(weight), BM=_ROWS, BC=_CHANNELS)
+        _forward_kernel[grid](
+            feat, weight, out, masks, starts, partners, num_out, channels, len(weight), BM=_ROWS, BC=_CHANNELS
+        )  # fmt: skip
     return out
 
 
 def weight_grad(feat: Tensor, grad: Tensor, in_rows: Tensor, out_rows: Tensor, plan: list[Tensor]) -> Tensor:
     """``(K, C)`` in the dtype of ``feat``; see :func:`pc3d.ops.depthwise.depthwise_conv`."""
-    begin, end, pointer = plan[4:]
+    begin, end, pointer = plan[6:]
     channels = feat.shape[1]
     partial = feat.new_empty(len(begin), channels, dtype=float32)
     if partial.numel():

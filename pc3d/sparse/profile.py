@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pc3d.ops.coir import bytes_per_voxel
 from pc3d.ops.conv import Epilogue, sparse_conv
 from pc3d.ops.kernel_map import KernelMap, strided_map, submanifold_map
 from pc3d.ops.order import SoarOrder
@@ -95,6 +96,7 @@ class Profile:
 
     Attributes:
         shares: of ``reorder``, ``map``, ``metadata`` (plans of the kernels) and ``gemm``, summing to 1.
+        map_bytes: of the kernel maps per output voxel, in each form of :func:`pc3d.ops.coir.bytes_per_voxel`.
         warnings: layers whose model is off by more than 2, or whose bin the table lacks.
     """
 
@@ -103,6 +105,7 @@ class Profile:
     device: str
     threads: int
     shares: dict[str, float]
+    map_bytes: dict[str, float]
     warnings: list[str]
 
     def to_json(self) -> dict[str, Any]:
@@ -124,6 +127,7 @@ class Profile:
             f"{total['floor_ms']:.1f} ms; reorder {total['reorder_ms']:.1f} ms"
         )
         lines.append("share of time: " + ", ".join(f"{name} {share:.0%}" for name, share in self.shares.items()))
+        lines.append("kernel maps, bytes per voxel: " + ", ".join(f"{k} {v:.1f}" for k, v in self.map_bytes.items()))
         lines.append(f"table: {self.table}; {self.device}, {self.threads} threads")
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
@@ -154,15 +158,17 @@ def profile(network: nn.Module, run: Callable[[], object]) -> Profile:
     if not calls:
         raise ValueError("no sparse convolution ran on the CPU: nothing to profile")
     users = Counter(id(call.kernel_map) for call in calls)
-    reorder = {key: _reorder_ms(call) for key, call in {id(call.kernel_map): call for call in calls}.items()}
+    firsts = {id(call.kernel_map): call for call in calls}
+    reorder = {key: _reorder_ms(call) for key, call in firsts.items()}
     rows, warnings = [], []
     for call in calls:
         found, notes = _rows(call, table, reorder[id(call.kernel_map)] / users[id(call.kernel_map)])
         rows += found
         warnings += notes
-    shares = _shares(rows, list({id(call.kernel_map): call for call in calls}.values()), sum(reorder.values()))
+    maps = list(firsts.values())
+    shares = _shares(rows, maps, sum(reorder.values()))
     where = "forced flows" if table.path is None else str(table.path.name)
-    return Profile(rows, where, table.device, torch.get_num_threads(), shares, warnings)
+    return Profile(rows, where, table.device, torch.get_num_threads(), shares, _map_bytes(maps), warnings)
 
 
 @contextlib.contextmanager
@@ -238,6 +244,14 @@ def _shares(rows: list[Row], firsts: list[_Call], reorder_ms: float) -> dict[str
     }
     total = sum(spent.values())
     return {name: share / total for name, share in spent.items()}
+
+
+def _map_bytes(firsts: list[_Call]) -> dict[str, float]:
+    maps = [call.kernel_map for call in firsts]
+    voxels = max(sum(kmap.num_out for kmap in maps), 1)
+    sizes = [bytes_per_voxel(kmap) for kmap in maps]
+    weights = [kmap.num_out / voxels for kmap in maps]
+    return {form: sum(w * size[form] for w, size in zip(weights, sizes, strict=True)) for form in sizes[0]}
 
 
 def _rows(call: _Call, table: DataflowTable, reorder_ms: float) -> tuple[list[Row], list[str]]:

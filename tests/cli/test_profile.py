@@ -16,5 +16,8 @@ def test_every_layer_is_profiled(pc3d: Pc3d, cloud: Path, tmp_path: Path) -> Non
     assert {row["op"] for row in found["rows"]} == {"fwd", "dgrad", "wgrad"}
     assert len(found["rows"]) == 3 * len({row["layer"] for row in found["rows"]})
     assert all(row["measured_ms"] > 0 and row["modelled_ms"] > 0 and row["floor_ms"] > 0 for row in found["rows"])
+    sizes = found["map_bytes"]
+    assert sizes["tile_local"] < sizes["corf"] < sizes["pairs"]
+    assert f"pairs {sizes['pairs']:.1f}, corf {sizes['corf']:.1f}" in run.out
     assert abs(sum(found["shares"].values()) - 1) < 1e-6
     assert pc3d("profile", "--config", TINY, "--input", tmp_path / "absent.ply").status == 2

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pc3d.ops.backend import use_backend
+from pc3d.ops.coir import Field, encode
 from pc3d.ops.conv import sparse_conv
 from pc3d.ops.kernel_map import KernelMap, strided_map, submanifold_map
 
@@ -87,17 +88,20 @@ def test_tiles_name_the_offsets_they_have():
     from pc3d.ops.conv_triton import TILE, WINDOW, plan
 
     kmap = MAPS["large kernel"]
-    table, orders, pointer, lists, *_ = plan(kmap.in_rows, kmap.out_rows, kmap.offsets, kmap.num_out)
+    corf = encode(kmap, Field.CORF)
+    masks, starts, partners, orders, pointer, lists, *_ = plan(corf, kmap.offsets)
     tiles = -(-kmap.num_out // TILE)
     assert len(orders) == -(-kmap.kernel_volume // WINDOW)
-    assert int((table >= 0).sum()) == kmap.num_pairs
+    assert torch.equal(partners, corf.partners)
+    assert torch.equal(starts.T, corf.starts)
     for window, order in enumerate(orders):
         assert order.sort().values.tolist() == list(range(kmap.num_out))
         for tile in range(tiles):
             rows = order[tile * TILE : (tile + 1) * TILE].long()
             begin, end = pointer[window * (tiles + 1) + tile :][:2].tolist()
             inside = range(window * WINDOW, min((window + 1) * WINDOW, kmap.kernel_volume))
-            assert lists[begin:end].tolist() == [k for k in inside if (table[k, rows] >= 0).any()]
+            found = masks[window, rows]
+            assert lists[begin:end].tolist() == [k for k in inside if (found >> k % WINDOW & 1).any()]
 
 
 def test_many_chunks_of_pairs(monkeypatch):
