@@ -11,6 +11,7 @@
 
 #include "array.h"
 #include "attention_kernels.h"
+#include "isa.h"
 #include "module.h"
 #include "parallel.h"
 
@@ -24,17 +25,9 @@ using Rows = nb::ndarray<const float, nb::ndim<3>, nb::device::cpu>;
 using Table = Array<float, 3>;
 using Index = Array<const int64_t, 1>;
 
-const AttentionKernels &find_kernels(const std::string &isa) {
-  std::vector<const AttentionKernels *> usable;
-#if defined(__x86_64__) || defined(__i386__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && attention_kernels_avx512()) usable.push_back(attention_kernels_avx512());
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && attention_kernels_avx2()) usable.push_back(attention_kernels_avx2());
-#endif
-  usable.push_back(attention_kernels_generic());
-  for (const AttentionKernels *kernels : usable)
-    if (isa.empty() || isa == kernels->name) return *kernels;
-  throw std::invalid_argument("no attention kernels for instruction set " + isa);
+const std::vector<const AttentionKernels *> &usable() {
+  static const auto kernels = usable_kernels(attention_kernels_avx512(), attention_kernels_avx2(), attention_kernels_generic());
+  return kernels;
 }
 
 // `groups` holds pairs (count, length): that many windows of that length, one behind the other.
@@ -85,7 +78,7 @@ void run(const Attention &attention, const std::vector<Window> &windows, const A
 
 void attention_forward(Rows q, Rows k, Rows v, Index rows, Index slots, const std::vector<int64_t> &groups, float scale, Table out,
                        Table statistics, const std::string &isa) {
-  const AttentionKernels &kernels = find_kernels(isa);
+  const AttentionKernels &kernels = find_kernels(usable(), isa);
   const std::vector<Window> windows = list_windows(groups, rows.shape(0));
   Attention attention = describe(q, k, v, rows, slots, scale);
   if (!same_shape(attention, out) || statistics.size() != static_cast<size_t>(2 * attention.points * attention.heads))
@@ -97,7 +90,7 @@ void attention_forward(Rows q, Rows k, Rows v, Index rows, Index slots, const st
 
 void attention_backward(Table grad, Rows q, Rows k, Rows v, Index rows, Index slots, const std::vector<int64_t> &groups, float scale,
                         Table out, Table statistics, Table grad_q, Table grad_k, Table grad_v, const std::string &isa) {
-  const AttentionKernels &kernels = find_kernels(isa);
+  const AttentionKernels &kernels = find_kernels(usable(), isa);
   const std::vector<Window> windows = list_windows(groups, rows.shape(0));
   Attention attention = describe(q, k, v, rows, slots, scale);
   for (const Table *table : {&grad, &out, &grad_q, &grad_k, &grad_v})
@@ -126,6 +119,7 @@ void attention_backward(Table grad, Rows q, Rows k, Rows v, Index rows, Index sl
 }  // namespace
 
 void register_attention(nb::module_ &m) {
+  m.def("attention_isas", [] { return names_of(usable()); }, "Instruction sets of the attention kernels usable here, fastest first.");
   m.def("attention_forward", &attention_forward, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("rows"), nb::arg("slots"),
         nb::arg("groups"), nb::arg("scale"), nb::arg("out"), nb::arg("statistics"), nb::arg("isa") = "");
   m.def("attention_backward", &attention_backward, nb::arg("grad"), nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("rows"),

@@ -3,7 +3,7 @@
 #define PC3D_WIDTH 16
 #include "attention_kernels.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(PC3D_EMULATE_AVX512)
 #include "attention_kernels_impl.h"
 
 const pc3d::AttentionKernels *pc3d::attention_kernels_avx512() {

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "conv_kernels.h"
+#include "isa.h"
 #include "module.h"
 #include "parallel.h"
 
@@ -45,25 +46,9 @@ constexpr int64_t kMostChunks = 64;         // and chunks of all offsets togethe
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-std::vector<const ConvKernels *> usable_kernels() {
-  std::vector<const ConvKernels *> usable;
-#if defined(__x86_64__) || defined(__i386__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && conv_kernels_avx512())
-    usable.push_back(conv_kernels_avx512());
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && conv_kernels_avx2())
-    usable.push_back(conv_kernels_avx2());
-#endif
-  usable.push_back(conv_kernels_generic());
-  return usable;
-}
-
-// Fastest first; an empty name means the fastest.
-const ConvKernels &find_kernels(const std::string &isa) {
-  static const std::vector<const ConvKernels *> usable = usable_kernels();
-  for (const ConvKernels *kernels : usable)
-    if (isa.empty() || isa == kernels->name) return *kernels;
-  throw std::invalid_argument("this CPU or build has no '" + isa + "' kernels");
+const std::vector<const ConvKernels *> &usable() {
+  static const auto kernels = usable_kernels(conv_kernels_avx512(), conv_kernels_avx2(), conv_kernels_generic());
+  return kernels;
 }
 
 // Memory that one calling thread keeps between calls: fresh pages would cost as much as packing the weights.
@@ -217,7 +202,7 @@ const float *pointer(const Channels &values) { return values ? values->data() : 
 void conv_forward(Matrix x, StridedArray<const float, 3> weight, Channels bias, Array<const int32_t, 1> gather,
                   Array<const int32_t, 1> scatter, Array<const int64_t, 2> starts, Result y, Channels scale, Channels shift,
                   std::optional<Matrix> residual, bool relu, const std::string &isa, int64_t tile_rows) {
-  const ConvKernels &kernels = find_kernels(isa);
+  const ConvKernels &kernels = find_kernels(usable(), isa);
   ConvProduct p{};
   p.x = features(x), p.y = y.data(), p.bias = pointer(bias), p.scale = pointer(scale), p.shift = pointer(shift);
   p.residual = residual ? residual->data() : nullptr, p.relu = relu;
@@ -280,7 +265,7 @@ void add_chunks(const std::vector<Chunk> &chunks, int64_t cin, int64_t cout, flo
 void conv_weight_grad(Matrix x, Matrix g, Array<const int32_t, 1> in_rows,
                       Array<const int32_t, 1> out_rows, Array<const int64_t, 1> offsets, Array<float, 3> out,
                       const std::string &isa) {
-  const ConvKernels &kernels = find_kernels(isa);
+  const ConvKernels &kernels = find_kernels(usable(), isa);
   const int64_t kernel_volume = out.shape(0), cin = x.shape(1), cout = g.shape(1);
   require(static_cast<int64_t>(offsets.shape(0)) == kernel_volume + 1 && static_cast<int64_t>(out.shape(1)) == cin &&
               static_cast<int64_t>(out.shape(2)) == cout && in_rows.shape(0) == out_rows.shape(0),
@@ -300,17 +285,11 @@ void conv_weight_grad(Matrix x, Matrix g, Array<const int32_t, 1> in_rows,
   if (static_cast<int64_t>(chunks.size()) > kernel_volume) add_chunks(chunks, cin, cout, out.data());
 }
 
-std::vector<std::string> conv_isas() {
-  std::vector<std::string> names;
-  for (const ConvKernels *kernels : usable_kernels()) names.emplace_back(kernels->name);
-  return names;
-}
-
 }  // namespace
 
 void register_conv(nb::module_ &m) {
   m.attr("CONV_GRANULE") = kGranule;
-  m.def("conv_isas", &conv_isas, "Instruction sets of the convolution kernels usable here, fastest first.");
+  m.def("conv_isas", [] { return names_of(usable()); }, "Instruction sets of the convolution kernels usable here, fastest first.");
   m.def("conv_plan_starts", &plan_starts, nb::arg("gather"), nb::arg("scatter"), nb::arg("offsets"), nb::arg("sources"),
         nb::arg("rows"), nb::arg("starts"),
         "Fills `starts` (K, granules + 1) with the first pair of every granule of `scatter` rows and checks the map; False "

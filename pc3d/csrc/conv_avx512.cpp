@@ -4,7 +4,7 @@
 #define PC3D_ROWS 12
 #include "conv_kernels.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(PC3D_EMULATE_AVX512)
 #include "conv_kernels_impl.h"
 
 const pc3d::ConvKernels *pc3d::conv_kernels_avx512() {

@@ -21,6 +21,7 @@
 #endif
 
 #include "array.h"
+#include "isa.h"
 #include "module.h"
 #include "parallel.h"
 #include "scan_kernels.h"
@@ -37,22 +38,9 @@ using Floats = Array<const float, Dimensions>;
 template <int Dimensions>
 using Maybe = std::optional<Array<const float, Dimensions>>;
 
-std::vector<const ScanKernels *> usable_kernels() {
-  std::vector<const ScanKernels *> usable;
-#if defined(__x86_64__) || defined(__i386__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && scan_kernels_avx512()) usable.push_back(scan_kernels_avx512());
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && scan_kernels_avx2()) usable.push_back(scan_kernels_avx2());
-#endif
-  usable.push_back(scan_kernels_generic());
-  return usable;
-}
-
-const ScanKernels &find_kernels(const std::string &isa) {
-  static const std::vector<const ScanKernels *> usable = usable_kernels();
-  for (const ScanKernels *kernels : usable)
-    if (isa.empty() || isa == kernels->name) return *kernels;
-  throw std::invalid_argument("no scan kernels for instruction set " + isa);
+const std::vector<const ScanKernels *> &usable() {
+  static const auto kernels = usable_kernels(scan_kernels_avx512(), scan_kernels_avx2(), scan_kernels_generic());
+  return kernels;
 }
 
 // A state that has decayed below the smallest normal number is zero: arithmetic on denormal numbers is slow.
@@ -173,7 +161,7 @@ int64_t scan_tiles(Array<const int64_t, 1> offsets, bool reverse) {
 void scan_forward(Floats<2> u, Floats<2> delta, Floats<2> a, Floats<3> b, Floats<3> c, Maybe<1> skip, Maybe<2> z, Maybe<1> bias,
                   Maybe<3> initial, Array<const int64_t, 1> offsets, bool constant, bool softplus, bool reverse,
                   Array<float, 2> y, Array<float, 3> last, std::optional<Array<float, 3>> saved, const std::string &isa) {
-  const ScanKernels &kernels = find_kernels(isa);
+  const ScanKernels &kernels = find_kernels(usable(), isa);
   const int64_t segments = static_cast<int64_t>(offsets.shape(0)) - 1;
   const Walk walk(offsets.data(), segments, u.shape(0), reverse);
   Scan scan = describe({u, delta, a, b, c, skip, z, bias, initial, constant, softplus, reverse}, walk, segments);
@@ -210,7 +198,7 @@ void scan_backward(Floats<2> grad_y, Maybe<3> grad_last, Floats<2> u, Floats<2> 
                    Array<float, 2> grad_a, Array<float, 3> grad_b, Array<float, 3> grad_c, Array<float, 1> grad_skip,
                    Array<float, 1> grad_bias, std::optional<Array<float, 2>> grad_z,
                    std::optional<Array<float, 3>> grad_initial, const std::string &isa) {
-  const ScanKernels &kernels = find_kernels(isa);
+  const ScanKernels &kernels = find_kernels(usable(), isa);
   const int64_t segments = static_cast<int64_t>(offsets.shape(0)) - 1;
   const Walk walk(offsets.data(), segments, u.shape(0), reverse);
   Scan scan = describe({u, delta, a, b, c, skip, z, bias, initial, constant, softplus, reverse}, walk, segments);
@@ -310,7 +298,7 @@ Conv describe_conv(Floats<2> x, Floats<2> weight, const Maybe<1> &bias, bool sil
 
 void conv1d_forward(Floats<2> x, Floats<2> weight, Maybe<1> bias, Array<const int64_t, 1> offsets, bool silu, bool reverse,
                     Array<float, 2> y, const std::string &isa) {
-  const ScanKernels &kernels = find_kernels(isa);
+  const ScanKernels &kernels = find_kernels(usable(), isa);
   const Walk walk(offsets.data(), static_cast<int64_t>(offsets.shape(0)) - 1, x.shape(0), reverse);
   Conv conv = describe_conv(x, weight, bias, silu, reverse, walk);
   if (!has_shape(y, {conv.tokens, conv.channels})) throw std::invalid_argument("the result of the convolution does not fit its input");
@@ -326,7 +314,7 @@ void conv1d_forward(Floats<2> x, Floats<2> weight, Maybe<1> bias, Array<const in
 void conv1d_backward(Floats<2> grad_y, Floats<2> x, Floats<2> weight, Maybe<1> bias, Array<const int64_t, 1> offsets, bool silu,
                      bool reverse, Array<float, 2> grad_x, Array<float, 2> grad_weight, Array<float, 1> grad_bias,
                      const std::string &isa) {
-  const ScanKernels &kernels = find_kernels(isa);
+  const ScanKernels &kernels = find_kernels(usable(), isa);
   const Walk walk(offsets.data(), static_cast<int64_t>(offsets.shape(0)) - 1, x.shape(0), reverse);
   Conv conv = describe_conv(x, weight, bias, silu, reverse, walk);
   if (!has_shape(grad_y, {conv.tokens, conv.channels}) || !has_shape(grad_x, {conv.tokens, conv.channels}) ||
@@ -352,16 +340,10 @@ void conv1d_backward(Floats<2> grad_y, Floats<2> x, Floats<2> weight, Maybe<1> b
   std::copy(total.end() - conv.channels, total.end(), grad_bias.data());
 }
 
-std::vector<std::string> scan_isas() {
-  std::vector<std::string> names;
-  for (const ScanKernels *kernels : usable_kernels()) names.emplace_back(kernels->name);
-  return names;
-}
-
 }  // namespace
 
 void register_scan(nb::module_ &m) {
-  m.def("scan_isas", &scan_isas, "Instruction sets of the scan kernels usable here, fastest first.");
+  m.def("scan_isas", [] { return names_of(usable()); }, "Instruction sets of the scan kernels usable here, fastest first.");
   m.def("scan_tiles", &scan_tiles, nb::arg("offsets"), nb::arg("reverse"), "States that scan_forward saves for scan_backward.");
   m.def("scan_forward", &scan_forward, nb::arg("u"), nb::arg("delta"), nb::arg("a"), nb::arg("b"), nb::arg("c"),
         nb::arg("skip").none(), nb::arg("z").none(), nb::arg("bias").none(), nb::arg("initial").none(), nb::arg("offsets"),

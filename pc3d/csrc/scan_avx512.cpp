@@ -3,7 +3,7 @@
 #define PC3D_WIDTH 16
 #include "scan_kernels.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(PC3D_EMULATE_AVX512)
 #include "scan_kernels_impl.h"
 
 const pc3d::ScanKernels *pc3d::scan_kernels_avx512() {

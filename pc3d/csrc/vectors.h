@@ -13,7 +13,9 @@ inline Vec splat(float s) { return Vec{} + s; }
 
 // v, in a register: compilers like to load it anew for each use, which makes loads the bottleneck.
 inline Vec held(Vec v) {
-#if defined(__x86_64__)
+#if PC3D_WIDTH == 16 && defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif (PC3D_WIDTH == 8 && defined(__AVX__)) || (PC3D_WIDTH == 4 && defined(__SSE__))
   asm("" : "+x"(v));
 #endif
   return v;
