@@ -19,6 +19,12 @@ def main(arguments: list[str]) -> int:
     parser = Parser("dataflow", "Measure the dataflows of sparse convolution on this machine.", EXAMPLES)
     parser.add_argument("action", choices=["calibrate"], help="measure, and write the table")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default cpu")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "float16", "bfloat16"],
+        default="float32",
+        help="of the features; default float32",
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="threads to measure with, default as torch")
     parser.add_argument("--quick", action="store_true", help="a coarse table in seconds, to try the command")
     parser.add_argument("-o", "--output", metavar="JSON", help="default: the cache folder")
@@ -33,8 +39,8 @@ def main(arguments: list[str]) -> int:
     from pc3d.sparse.flows import REAL_FLOWS
     from pc3d.sparse.table import cache_folder
 
-    if options.device == "cuda":
-        raise InputError("--device cuda: sparse convolution has one way to run there, nothing to calibrate")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no GPU here")
     if options.threads is not None:
         if options.threads < 1:
             raise InputError(f"--threads {options.threads}: must be 1 or more")
@@ -44,8 +50,9 @@ def main(arguments: list[str]) -> int:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("calibrating", total=1.0)
         table = calibrate(
-            REAL_FLOWS,
+            REAL_FLOWS[options.device],
             options.device,
+            getattr(torch, options.dtype),
             effort=QUICK if options.quick else Effort(),
             progress=lambda stage, share: bar.update(task, description=stage, completed=share),
         )

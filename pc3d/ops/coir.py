@@ -53,6 +53,19 @@ class Coir:
         starts = counts.cumsum(0) - counts
         return starts.view(self.masks.shape).to(torch.int32 if len(self.partners) < 2**31 else torch.int64)
 
+    def part(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """``(M,)`` int32 masks of the kernel offsets from ``first`` up to ``last``, and where their partners start.
+
+        At most 32 offsets; bit 0 is ``first``.
+        """
+        word, bit = divmod(first, _WORD)
+        words = self.masks.long() & (1 << _WORD) - 1
+        bits = words[:, word] >> bit
+        if last > (word + 1) * _WORD:
+            bits |= words[:, word + 1] << (_WORD - bit)
+        starts = self.starts[:, word] + _popcount(words[:, word] & (1 << bit) - 1)
+        return _signed(bits & (1 << (last - first)) - 1), starts.to(self.starts.dtype)
+
     @property
     def nbytes(self) -> int:
         """Bytes of masks and partners."""
@@ -103,8 +116,7 @@ def encode(kmap: KernelMap, field: Field) -> Coir:
     word, bit = owners.long() * _words(volume) + offset // _WORD, offset % _WORD
     masks = torch.zeros(count * _words(volume), dtype=torch.int64, device=owners.device)
     masks.index_add_(0, word, 1 << bit)
-    signed = torch.where(masks >= 1 << (_WORD - 1), masks - (1 << _WORD), masks).to(torch.int32)
-    coir = Coir(field, signed.view(count, _words(volume)), torch.empty_like(partners), volume, others)
+    coir = Coir(field, _signed(masks).view(count, _words(volume)), torch.empty_like(partners), volume, others)
     coir.partners[coir.starts.flatten()[word] + _popcount(masks[word] & (1 << bit) - 1)] = partners
     return coir
 
@@ -166,6 +178,11 @@ def bytes_per_voxel(kmap: KernelMap, tile: int = 64) -> dict[str, float]:
 
 def _words(volume: int) -> int:
     return -(-volume // _WORD)
+
+
+def _signed(words: Tensor) -> Tensor:
+    """Int64 values below 2^32 as the int32 of the same bits."""
+    return torch.where(words >= 1 << (_WORD - 1), words - (1 << _WORD), words).to(torch.int32)
 
 
 def _popcount(words: Tensor) -> Tensor:

@@ -21,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pc3d.errors import InputError
 from pc3d.ops.backend import cpu_kernels, on_spconv, on_triton
+from pc3d.ops.flows import Way
 from pc3d.ops.kernel_map import KernelMap
 
 # Pairs as the kernels want them: gathered rows, rows added to, first pair of every group of rows; see `_plan`.
@@ -31,12 +33,13 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Flows:
-    """Which dataflow runs each product of a layer on the CPU kernels; results differ in rounding only.
+    """Which dataflow runs each product of a layer, named as in :mod:`pc3d.ops.flows`; results differ in rounding only.
 
     Attributes:
-        forward, input_grad: ``os`` keeps tiles of outputs in the cache (``os@ROWS``: tiles of so many rows, a multiple
-            of 128); ``ws`` keeps the weights of a kernel offset: gather, product, scatter, on one thread.
-        weight_grad: ``fod`` gathers inside the product; ``ws`` before it, on one thread.
+        forward, input_grad: ``os`` keeps tiles of outputs (``os@ROWS``: of so many rows; on a GPU also sorted,
+            ``os@64w1024s2``); ``ws`` keeps the weights of a kernel offset: gather, product, scatter, in plain PyTorch,
+            on one thread; ``fod``, on a GPU only, does the same in one pass.
+        weight_grad: ``fod`` gathers inside the product; ``ws`` before it, in plain PyTorch, on one thread.
     """
 
     forward: str = "os"
@@ -45,10 +48,12 @@ class Flows:
 
     def __post_init__(self) -> None:
         for name, flow in vars(self).items():
-            kind, _, rows = flow.partition("@")
-            known = ("fod", "ws") if name == "weight_grad" else ("os", "ws")
-            if kind not in known or (rows and (kind != "os" or not rows.isdigit() or int(rows) < 1 or int(rows) % 128)):
-                raise ValueError(f"{name}: no flow {flow!r} on the CPU, choose from {', '.join(known)}")
+            if name == "weight_grad" and flow not in ("fod", "ws"):
+                raise ValueError(f"{name}: no flow {flow!r}, choose fod or ws")
+            Way.parse(flow)
+
+
+_USUAL = Flows()
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +98,7 @@ def sparse_conv(
         weight: ``(K, Cin, Cout)``, kernel offsets row-major.
         kmap: pairs of input and output rows per kernel offset.
         bias: ``(Cout,)`` or None.
-        flows: how the CPU kernels go about it; None leaves it to them. Other devices and dtypes have one way.
+        flows: how the C++ or Triton kernels go about it; None leaves it to them. The reference has one way.
         epilogue: applied to the result; without gradients the CPU kernels do it while the rows are in the cache, in
             float32 also where the features are bfloat16.
 
@@ -117,8 +122,9 @@ def sparse_conv(
         if feat.dtype in conv_spconv.DTYPES:
             out = conv_spconv.sparse_conv(feat, weight, kmap, bias)
             return out if epilogue is None else epilogue(out)
-    plan, inverse_plan = conv_plans(feat, kmap)
-    chosen = ",".join(astuple(flows or Flows()))
+    flows = flows or _USUAL
+    plan, inverse_plan = conv_plans(feat, kmap, flows)
+    chosen = ",".join(astuple(flows))
     rows = kmap.in_rows, kmap.out_rows, kmap.offsets
     if epilogue is not None and _fuses(feat, plan, chosen):
         return _multiply(feat, weight, bias, plan, kmap.num_out, chosen, epilogue)
@@ -181,12 +187,14 @@ def _sparse_conv(
     inverse_plan: Plan,
     flows: str,
 ) -> Tensor:
-    if planned_for_triton(plan):
+    forward = flows.split(",")[0]
+    if planned_for_triton(plan) and forward != "ws":
         from pc3d.ops import conv_triton
 
-        return conv_triton.forward(
-            feat.detach(), weight.detach(), None if bias is None else bias.detach(), plan, num_out
-        )
+        plain = feat.detach(), weight.detach(), None if bias is None else bias.detach()
+        if forward == "fod":
+            return conv_triton.fetch_on_demand(*plain, in_rows, out_rows, offsets, num_out)
+        return conv_triton.forward(*plain, plan, num_out, forward)
     if flows.startswith("os") and _kernels(feat, plan) is not None:
         return _multiply(feat, weight, bias, plan, num_out, flows, Epilogue())
     wide = accumulation_dtype(feat.dtype)
@@ -213,7 +221,7 @@ def _weight_grad(
     flows: str,
 ) -> Tensor:
     """``(K, Cin, Cout)``: ``sum feat[i]^T grad[o]`` over the pairs of each kernel offset."""
-    if planned_for_triton(plan):
+    if planned_for_triton(plan) and flows.split(",")[2] != "ws":
         from pc3d.ops import conv_triton
 
         return conv_triton.weight_grad(feat.detach(), grad.detach(), in_rows, out_rows, plan)
@@ -333,15 +341,22 @@ _weight_grad.register_autograd(_weight_grad_backward, setup_context=_weight_grad
 _sum_rows.register_autograd(_sum_rows_backward, setup_context=_sum_rows_setup)
 
 
-def conv_plans(feat: Tensor, kmap: KernelMap) -> tuple[Plan, Plan]:
-    """Plans of the map and of its inverse, which only gradients need; empty where the reference serves ``feat``."""
+def conv_plans(feat: Tensor, kmap: KernelMap, flows: Flows = _USUAL) -> tuple[Plan, Plan]:
+    """Plans of the map and of its inverse, which only gradients need; empty where the reference serves ``feat``.
+
+    Raises:
+        InputError: if the device of ``feat`` has no such flows.
+    """
     if feat.dtype in _KERNEL_DTYPES and on_triton(feat, kmap.in_rows):
         from pc3d.ops.conv_triton import kernel_map_plans
 
-        return kernel_map_plans(kmap)
+        return kernel_map_plans(kmap, flows.forward, flows.input_grad)
     kernels = cpu_kernels(feat, kmap.in_rows) if feat.dtype in _KERNEL_DTYPES else None
     if kernels is None:
         return [], []
+    for flow in (flows.forward, flows.input_grad):
+        if flow == "fod" or not Way.parse(flow).on_cpu:
+            raise InputError(f"dataflow {flow!r} exists on a GPU only")
     if "conv" not in kmap.plans:
         kmap.plans["conv"] = _plan(kernels, kmap.in_rows, kmap.out_rows, kmap.offsets, kmap.num_in, kmap.num_out)
     plan = kmap.plans["conv"]
@@ -374,7 +389,8 @@ def _plan(kernels: ModuleType, gather: Tensor, scatter: Tensor, offsets: Tensor,
 
 
 def _kernels(feat: Tensor, plan: Plan) -> ModuleType | None:
-    return cpu_kernels(feat, *plan) if plan and feat.dtype in _KERNEL_DTYPES else None
+    usable = plan and not planned_for_triton(plan) and feat.dtype in _KERNEL_DTYPES
+    return cpu_kernels(feat, *plan) if usable else None
 
 
 def _features(feat: Tensor) -> Tensor:

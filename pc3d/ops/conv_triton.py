@@ -2,13 +2,15 @@
 
 Forward and input gradient are an implicit matrix product over COIR records (:mod:`pc3d.ops.coir`): a tile of output
 rows walks through its records, kernel offset after kernel offset, and skips offsets that none of its rows has. Rows are
-ordered by the set of offsets they have, in windows of 32 offsets, so that tiles skip much. Every output has one writer
-and one order of summation, and the partial weight gradients are added in a fixed order: nothing depends on the schedule
-of the device.
+ordered by the set of offsets they have, so that tiles skip much, for parts of at most 32 offsets. The other flow, fetch
+on demand, multiplies the pairs of one kernel offset after the other and adds to the rows of the output. Every output
+has one writer at a time and one order of summation, and the partial weight gradients are added in a fixed order:
+nothing depends on the schedule of the device.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 from typing import Any
 
@@ -17,13 +19,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pc3d.errors import InputError
 from pc3d.ops.coir import Coir, Field, encode
+from pc3d.ops.flows import Way
 from pc3d.ops.kernel_map import KernelMap
 from pc3d.ops.tune import fastest
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-WINDOW = 32  # kernel offsets whose presence sorts the rows of one pass
-TILE = 64  # output rows of a tile
+_WORD = 32  # kernel offsets of one part, at most
+USUAL = Way("os", 64, "all")
 _CHUNK = 4096  # pairs of one partial weight gradient, at least
 _MOST_CHUNKS = 128
 
@@ -36,7 +40,7 @@ _GRADIENT_BLOCKS = ((32, 32, 32, 4), (64, 64, 32, 4), (64, 64, 64, 8), (32, 64, 
 @triton.jit
 def _forward_kernel(
     x, w, bias, y, masks, starts, partners, order, tile_ptr, tile_offset, rows, cin, cout,
-    stride_k, stride_in, stride_out,
+    first_offset, stride_k, stride_in, stride_out,
     HAS_BIAS: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +62,7 @@ def _forward_kernel(
     partner = tl.load(starts + out, mask=live, other=0)
     for at in range(tl.load(tile_ptr + tile), tl.load(tile_ptr + tile + 1)):
         offset = tl.load(tile_offset + at)
-        has = ((present >> offset % 32) & 1) != 0
+        has = ((present >> (offset - first_offset)) & 1) != 0
         base = tl.load(partners + partner, mask=has, other=0).to(tl.int64) * cin
         partner += has.to(partner.dtype)  # the tile visits every offset of its records, in their order
         k = offset.to(tl.int64)
@@ -75,6 +79,36 @@ def _forward_kernel(
                 a = a.to(tl.float32)
                 b = b.to(tl.float32)
             total = tl.dot(a, b, total, input_precision=PRECISION)
+    tl.store(target, total, mask=keep)
+
+
+@triton.jit
+def _scatter_kernel(
+    x, w, y, in_rows, out_rows, begin, end, cin, cout, stride_in, stride_out,
+    BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Pairs of one kernel offset, under which a row occurs once: nobody else writes to it meanwhile."""
+    pair = begin + tl.program_id(0).to(tl.int64) * BP + tl.arange(0, BP)
+    columns = tl.program_id(1) * BN + tl.arange(0, BN)
+    real, inside = pair < end, columns < cout
+    i = tl.load(in_rows + pair, mask=real, other=0).to(tl.int64)
+    o = tl.load(out_rows + pair, mask=real, other=0).to(tl.int64)
+    target = y + o[:, None] * cout + columns[None, :]
+    keep = real[:, None] & inside[None, :]
+    total = tl.load(target, mask=keep, other=0.0)
+    for first in range(0, cin, BK):
+        channel = first + tl.arange(0, BK)
+        known = channel < cin
+        a = tl.load(x + i[:, None] * cin + channel[None, :], mask=real[:, None] & known[None, :], other=0.0)
+        b = tl.load(
+            w + channel[:, None] * stride_in + columns[None, :] * stride_out,
+            mask=known[:, None] & inside[None, :],
+            other=0.0,
+        )
+        if WIDEN:
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
     tl.store(target, total, mask=keep)
 
 
@@ -114,48 +148,61 @@ def _sum_chunks_kernel(partial, out, chunk_ptr, size, BLOCK: tl.constexpr):
     tl.store(out + k * size + place, total, mask=inside)
 
 
-def plan(records: Coir, offsets: Tensor) -> list[Tensor]:
+def plan(records: Coir, offsets: Tensor, way: Way = USUAL) -> list[Tensor]:
     """What the kernels want of a kernel map, on its device.
 
     Args:
         records: of the rows added to.
         offsets: ``(K + 1,)`` int64 on the CPU, pairs of each kernel offset.
+        way: tiles and sorting.
 
     Returns:
-        ``masks`` and ``starts (W, rows)`` of the records per window of offsets, and their ``partners (P,)``;
+        ``masks`` and ``starts (W, rows)`` of the records, for each part of the offsets, and their ``partners (P,)``;
         ``order (W, rows)`` int32 rows, those with the same offsets together; ``tile_ptr (W * (tiles + 1),)`` and
         ``tile_offset`` the offsets that occur in each tile; ``chunk_begin``, ``chunk_end`` pairs of each partial weight
         gradient, and ``chunk_ptr (K + 1,)`` those of each offset; all int32.
     """
-    device, volume, rows = records.masks.device, records.kernel_volume, len(records.masks)
-    masks = records.masks.T.contiguous()
-    orders, pointers, lists, start = [], [], [], 0
-    tiles = -(-rows // TILE)
-    for first in range(0, volume, WINDOW):
-        present = masks[first // WINDOW]
-        order = present.argsort(stable=True)
-        padded = present.new_zeros(tiles * TILE)
+    device, rows = records.masks.device, len(records.masks)
+    tiles = -(-rows // way.tile)
+    masks, starts, orders, pointers, lists, listed = [], [], [], [], [], 0
+    for first, last in _parts(records.kernel_volume, way.splits):
+        present, start = records.part(first, last)
+        order = _sorted_rows(present, way)
+        padded = present.new_zeros(tiles * way.tile)
         padded[:rows] = present[order]
-        bits = torch.arange(min(WINDOW, volume - first), dtype=torch.int32, device=device)
-        occurs = (padded.view(tiles, TILE, 1) >> bits & 1).any(1)
+        bits = torch.arange(last - first, dtype=torch.int32, device=device)
+        occurs = (padded.view(tiles, way.tile, 1) >> bits & 1).any(1)
         counts = occurs.sum(1)
+        masks.append(present)
+        starts.append(start)
         orders.append(order.to(torch.int32))
-        pointers.append(start + torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
+        pointers.append(listed + torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
         lists.append(occurs.nonzero()[:, 1] + first)
-        start += len(lists[-1])
+        listed += len(lists[-1])
     begin, end, chunk_ptr = _chunks(offsets)
-    chunks = (t.to(device=device, dtype=torch.int32) for t in (begin, end, chunk_ptr))
-    empty = torch.empty(0, dtype=torch.int32, device=device)
-    pointer = torch.cat(pointers).to(torch.int32) if pointers else empty
     return [
-        masks,
-        records.starts.T.contiguous(),
+        torch.stack(masks),
+        torch.stack(starts),
         records.partners,
-        torch.stack(orders) if orders else empty[None],
-        pointer,
-        torch.cat(lists).to(torch.int32) if lists else empty,
-        *chunks,
+        torch.stack(orders),
+        torch.cat(pointers).to(torch.int32),
+        torch.cat(lists).to(torch.int32),
+        *(t.to(device=device, dtype=torch.int32) for t in (begin, end, chunk_ptr)),
     ]
+
+
+def _parts(volume: int, splits: int) -> list[tuple[int, int]]:
+    """First and last kernel offset of each part."""
+    parts = max(splits, -(-volume // _WORD))
+    return list(itertools.pairwise(volume * i // parts for i in range(parts + 1)))
+
+
+def _sorted_rows(masks: Tensor, way: Way) -> Tensor:
+    rows = torch.arange(len(masks), device=masks.device)
+    if way.window is None:
+        return rows
+    order = masks.argsort(stable=True)
+    return order if way.window == "all" else order[(order // way.window).argsort(stable=True)]
 
 
 def _chunks(offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,38 +218,84 @@ def _chunks(offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.tensor(begin), torch.tensor(end), torch.tensor(counts)
 
 
-def kernel_map_plans(kmap: KernelMap) -> tuple[list[Tensor], list[Tensor]]:
-    """Plans of a map and of its inverse, built once; the second is empty without gradients."""
-    if "triton" not in kmap.plans:
-        kmap.plans["triton"] = plan(encode(kmap, Field.CORF), kmap.offsets)
-    if not torch.is_grad_enabled():
-        return kmap.plans["triton"], []
-    if "triton_inverse" not in kmap.plans:
-        kmap.plans["triton_inverse"] = plan(encode(kmap, Field.CIRF), kmap.offsets)
-    return kmap.plans["triton"], kmap.plans["triton_inverse"]
+def kernel_map_plans(kmap: KernelMap, forward: str, input_grad: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Plans of a map and of its inverse for these flows, built once; the second is empty without gradients."""
+    forth = _kept_plan(kmap, Field.CORF, forward)
+    return forth, _kept_plan(kmap, Field.CIRF, input_grad) if torch.is_grad_enabled() else []
 
 
-def forward(feat: Tensor, weight: Tensor, bias: Tensor | None, plan: list[Tensor], num_out: int) -> Tensor:
+def _kept_plan(kmap: KernelMap, field: Field, flow: str) -> list[Tensor]:
+    way = tiling(flow)
+    slot = ("triton", field, way)
+    if slot not in kmap.plans:
+        kmap.plans[slot] = plan(encode(kmap, field), kmap.offsets, way)
+    return kmap.plans[slot]
+
+
+def tiling(flow: str) -> Way:
+    """Tiles and sorting of an output-stationary flow; the usual ones for the others, which have none.
+
+    Raises:
+        InputError: if the flow exists on the CPU only.
+    """
+    way = Way.parse(flow)
+    if not way.on_gpu:
+        raise InputError(f"dataflow {flow!r} exists on the CPU only")
+    return way if way.tile else USUAL
+
+
+def forward(
+    feat: Tensor, weight: Tensor, bias: Tensor | None, plan: list[Tensor], num_out: int, flow: str = "os"
+) -> Tensor:
     """``(num_out, Cout)`` in the dtype of ``feat``, summed in float32; see :func:`pc3d.ops.conv.sparse_conv`."""
     masks, starts, partners, orders, pointer, lists = plan[:6]
     feat, (volume, cin, cout) = feat.contiguous(), weight.shape
-    windows, tiles = len(orders), -(-num_out // TILE)
-    out = feat.new_empty(num_out, cout, dtype=torch.float32 if windows > 1 else feat.dtype)
+    way = tiling(flow)
+    parts, tiles = _parts(volume, way.splits), -(-num_out // way.tile)
+    out = feat.new_empty(num_out, cout, dtype=torch.float32 if len(parts) > 1 else feat.dtype)
     if out.numel() == 0:
         return out.to(feat.dtype)
 
     def launch(blocks: tuple[int, ...]) -> None:
         columns, channels, warps, stages = blocks
-        for window in range(windows):
+        for part, (first, _) in enumerate(parts):
             _forward_kernel[tiles, triton.cdiv(cout, columns)](
-                feat, weight, feat if bias is None else bias, out, masks[window], starts[window], partners,
-                orders[window], pointer[window * (tiles + 1) :], lists, num_out, cin, cout, *weight.stride(),
-                HAS_BIAS=bias is not None, ADD=window > 0, BM=TILE, BN=columns, BK=channels,
+                feat, weight, feat if bias is None else bias, out, masks[part], starts[part], partners,
+                orders[part], pointer[part * (tiles + 1) :], lists, num_out, cin, cout, first, *weight.stride(),
+                HAS_BIAS=bias is not None, ADD=part > 0, BM=way.tile, BN=columns, BK=channels,
                 PRECISION=_precision(feat), WIDEN=INTERPRETED, num_warps=warps, num_stages=stages,
             )  # fmt: skip
 
-    key = ("sparse_conv", volume, cin, cout, num_out.bit_length(), str(feat.dtype), _precision(feat))
+    key = ("sparse_conv", way.name, volume, cin, cout, num_out.bit_length(), str(feat.dtype), _precision(feat))
     launch(_FORWARD_BLOCKS[0] if INTERPRETED else fastest(key, _FORWARD_BLOCKS, launch, feat.device))
+    return out.to(feat.dtype)
+
+
+def fetch_on_demand(
+    feat: Tensor, weight: Tensor, bias: Tensor | None, in_rows: Tensor, out_rows: Tensor, offsets: Tensor, num_out: int
+) -> Tensor:
+    """The same as :func:`forward`, the pairs of one kernel offset after the other."""
+    feat, (_, cin, cout) = feat.contiguous(), weight.shape
+    out = feat.new_zeros(num_out, cout, dtype=torch.float32)
+    if bias is not None:
+        out += bias
+    runs = [(k, begin, end) for k, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())) if begin < end]
+
+    def launch(blocks: tuple[int, ...], target: Tensor) -> None:
+        columns, channels, warps, stages = blocks
+        for k, begin, end in runs:
+            _scatter_kernel[triton.cdiv(end - begin, USUAL.tile), triton.cdiv(cout, columns)](
+                feat, weight[k], target, in_rows, out_rows, begin, end, cin, cout, *weight.stride()[1:],
+                BP=USUAL.tile, BN=columns, BK=channels, PRECISION=_precision(feat), WIDEN=INTERPRETED,
+                num_warps=warps, num_stages=stages,
+            )  # fmt: skip
+
+    key = ("fetch_on_demand", cin, cout, len(in_rows).bit_length(), str(feat.dtype), _precision(feat))
+    blocks: tuple[int, ...] = _FORWARD_BLOCKS[0]
+    if runs and cout and not INTERPRETED:
+        blocks = fastest(key, _FORWARD_BLOCKS, lambda tried: launch(tried, torch.zeros_like(out)), feat.device)
+    if cout:
+        launch(blocks, out)
     return out.to(feat.dtype)
 
 

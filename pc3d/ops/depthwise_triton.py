@@ -16,21 +16,25 @@ _ROWS, _CHANNELS, _PAIRS = 32, 64, 64
 
 
 @triton.jit
-def _forward_kernel(x, w, y, masks, starts, partners, rows, channels, volume, BM: tl.constexpr, BC: tl.constexpr):
+def _forward_kernel(
+    x, w, y, masks, starts, partners, parts, rows, channels, volume, BM: tl.constexpr, BC: tl.constexpr
+):
     row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     channel = tl.program_id(1) * BC + tl.arange(0, BC)
     live, inside = row < rows, channel < channels
     total = tl.zeros((BM, BC), tl.float32)
     partner = tl.load(starts + row, mask=live, other=0)
-    for k in range(volume):
-        present = tl.load(masks + k // 32 * rows + row, mask=live, other=0)
-        has = ((present >> k % 32) & 1) != 0
-        source = tl.load(partners + partner, mask=has, other=0).to(tl.int64)
-        partner += has.to(partner.dtype)
-        here = has[:, None] & inside[None, :]
-        values = tl.load(x + source[:, None] * channels + channel[None, :], mask=here, other=0.0).to(tl.float32)
-        factors = tl.load(w + k * channels + channel, mask=inside, other=0.0).to(tl.float32)
-        total += values * factors[None, :]
+    for part in range(parts):
+        present = tl.load(masks + part * rows + row, mask=live, other=0)
+        first = volume * part // parts
+        for k in range(first, volume * (part + 1) // parts):
+            has = ((present >> (k - first)) & 1) != 0
+            source = tl.load(partners + partner, mask=has, other=0).to(tl.int64)
+            partner += has.to(partner.dtype)
+            here = has[:, None] & inside[None, :]
+            values = tl.load(x + source[:, None] * channels + channel[None, :], mask=here, other=0.0).to(tl.float32)
+            factors = tl.load(w + k * channels + channel, mask=inside, other=0.0).to(tl.float32)
+            total += values * factors[None, :]
     tl.store(y + row[:, None] * channels + channel[None, :], total, mask=live[:, None] & inside[None, :])
 
 
@@ -63,7 +67,8 @@ def forward(feat: Tensor, weight: Tensor, plan: list[Tensor], num_out: int) -> T
     if out.numel():
         grid = triton.cdiv(num_out, _ROWS), triton.cdiv(channels, _CHANNELS)
         _forward_kernel[grid](
-            feat, weight, out, masks, starts, partners, num_out, channels, len(weight), BM=_ROWS, BC=_CHANNELS
+            feat, weight, out, masks, starts, partners, len(masks), num_out, channels, len(weight),
+            BM=_ROWS, BC=_CHANNELS,
         )  # fmt: skip
     return out
 

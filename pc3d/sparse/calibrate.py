@@ -20,7 +20,7 @@ from torch import Tensor
 from pc3d.ops.conv import sparse_conv
 from pc3d.ops.kernel_map import KernelMap, strided_map, submanifold_map
 from pc3d.ops.order import CurveOrder
-from pc3d.sparse.dataflow import Device, Flow, Layer, Pass, Plan, RateGrid, Tiling, plan
+from pc3d.sparse.dataflow import Device, Flow, Layer, Pass, Plan, RateGrid, Tiling, mask_efficiency, plan
 from pc3d.sparse.flows import flows_of
 from pc3d.sparse.table import ARF_EDGES, Choice, DataflowTable, field_bin, key_of
 
@@ -186,8 +186,7 @@ def _overheads(op: Pass, choice: Choice, dtype: torch.dtype, device: str, effort
         for width in (low, high)
     ]
     per_byte = max(times[1] - times[0], 0.0) / (27 * (high**2 - low**2) * dtype.itemsize)
-    launches = 27 if choice.flow == "ws" else 1
-    return {"launch": times[0] / launches, "prepare": per_byte}
+    return {"launch": times[0] / _launches(op, choice.flow, 27), "prepare": per_byte}
 
 
 def _shell_runs(
@@ -208,30 +207,47 @@ def _in_hilbert_order(coord: Tensor) -> Tensor:
     return coord[CurveOrder("hilbert").rows(coord)]
 
 
-def _grids(runs: Sequence[Run], overheads: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, Any]]:
-    """A rate grid for every pass and flow, from what their runs took beyond launches and weights."""
+def _launches(op: Pass, flow: str, volume: int) -> int:
+    return volume if flow == "ws" or (flow == "fod" and op is not Pass.WEIGHT_GRAD) else 1
+
+
+def _grids(
+    runs: Sequence[Run], overheads: Mapping[str, Mapping[str, float]], packed: bool
+) -> dict[str, dict[str, Any]]:
+    """A rate grid for every pass and flow, from what their runs took beyond launches and weights.
+
+    Args:
+        packed: tiles multiply the pairs they have; else empty lanes count as executed.
+    """
     groups: dict[tuple[Pass, str], list[Run]] = {}
     for run in runs:
         groups.setdefault((run.op, run.choice.flow), []).append(run)
-    return {f"{op.value}|{flow}": _grid(group, overheads) for (op, flow), group in groups.items()}
+    return {f"{op.value}|{flow}": _grid(group, overheads, packed) for (op, flow), group in groups.items()}
 
 
-def _grid(runs: Sequence[Run], overheads: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+def _grid(runs: Sequence[Run], overheads: Mapping[str, Mapping[str, float]], packed: bool) -> dict[str, Any]:
     flow = runs[0].choice.flow
-    points: dict[tuple[float, ...], float] = {}
+    points: dict[tuple[float, ...], list[float]] = {}
     for run in runs:
         kmap, layer = run.kernel_map, run.layer
         extra = overheads[f"{run.op.value}|{run.choice.name}"]
         weights = kmap.kernel_volume * layer.in_channels * layer.out_channels * layer.element_bytes
-        launches = kmap.kernel_volume if flow == "ws" else 1
-        spent = run.seconds - launches * extra["launch"] - extra["prepare"] * weights
+        spent = run.seconds - _launches(run.op, flow, kmap.kernel_volume) * extra["launch"] - extra["prepare"] * weights
         place = kmap.num_pairs / kmap.kernel_volume / (1 if flow == "ws" else kmap.num_out)
         cin, cout = _model_widths(run.op, layer)
-        rate = kmap.num_pairs * cin * cout / max(spent, run.seconds / 5)
-        points[(place, cin, cout) if flow == "ws" else (run.choice.tile or 1, place, cin, cout)] = rate
+        useful = 1.0
+        if flow == "os" and not packed:
+            tiled = kmap.inverse() if run.op is Pass.INPUT_GRAD else kmap
+            useful = mask_efficiency(tiled, _tiling(run.choice))
+        rate = kmap.num_pairs * cin * cout / useful / max(spent, run.seconds / 5)
+        point = (place, cin, cout) if flow == "ws" else (run.choice.tile or 1, place, cin, cout)
+        points.setdefault(point, []).append(rate)
     names = (*(("pairs",) if flow == "ws" else ("tile", "fill")), "in_channels", "out_channels")
     axes = {name: sorted({point[i] for point in points}) for i, name in enumerate(names)}
-    return {"axes": axes, "values": [round(points[point]) for point in product(*axes.values())]}
+    return {
+        "axes": axes,
+        "values": [round(statistics.geometric_mean(points[point])) for point in product(*axes.values())],
+    }
 
 
 def _model_widths(op: Pass, layer: Layer) -> tuple[int, int]:
@@ -262,6 +278,10 @@ def model_device(table: DataflowTable, op: Pass, choice: Choice) -> Device:
     )
 
 
+def _tiling(choice: Choice) -> Tiling:
+    return Tiling(choice.tile or 1, choice.window, choice.splits)
+
+
 def _as_grid(grid: Mapping[str, Any]) -> RateGrid:
     return RateGrid({name: tuple(axis) for name, axis in grid["axes"].items()}, tuple(grid["values"]))
 
@@ -275,7 +295,7 @@ def model(
     cin, cout = _model_widths(op, layer)
     layer = Layer(cin, cout, layer.element_bytes, op)
     flow = Flow.GEMM if kernel_map.kernel_volume == 1 else _MODEL_FLOW[choice.flow]
-    tiling = Tiling(choice.tile or 1, choice.window, choice.splits) if flow is Flow.OUTPUT_GATHER else None
+    tiling = _tiling(choice) if flow is Flow.OUTPUT_GATHER else None
     return plan(kernel_map, layer, flow, model_device(table, op, choice), tiling, scale)
 
 
@@ -366,7 +386,7 @@ def calibrate(
     keys = torch.randint(0, 1 << 27, (1 << 16,), device=device)
     rates["sort"] = _fastest(lambda: keys.sort(stable=True), effort.seconds, device) / len(keys)
     runs = list(_shell_runs(ways, dtype, device, effort, progress))
-    rates["flows"] = _grids(runs, overheads)
+    rates["flows"] = _grids(runs, overheads, packed=device == "cpu")
     for name, place in (("l2_bandwidth", "cached"), ("dram_bandwidth", "memory")):
         rates[name] = max(speeds[place] for speeds in gather.values())
     table = DataflowTable(device_name(device), library(), [_dtype_name(dtype)], caches, rates, {}, {})

@@ -14,14 +14,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise, product
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from pc3d.ops.flows import Window
 from pc3d.ops.kernel_map import KernelMap
 from pc3d.ops.order import lru_misses, permute_map
-
-Window = int | Literal["all"] | None
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _MASK_BITS = 62  # kernel offsets per word of a mask
@@ -296,7 +295,8 @@ def plan(
     Gather-product-scatter runs offset after offset, each with the rate of its number of pairs.
     """
     work = traffic(kernel_map, layer, flow, device, tiling, scale)
-    launches = kernel_map.kernel_volume if flow is Flow.WEIGHT else 1
+    per_offset = flow is Flow.WEIGHT or (flow is Flow.FETCH_ON_DEMAND and layer.op is not Pass.WEIGHT_GRAD)
+    launches = kernel_map.kernel_volume if per_offset else 1
     sorts = tiling.splits if tiling is not None and tiling.window is not None else 0
     rate = device.multiply_adds[flow]
     memory = max(work.l2_bytes / device.l2_bandwidth, work.dram_bytes / device.dram_bandwidth)

@@ -263,7 +263,7 @@ def _rows(call: _Call, table: DataflowTable, reorder_ms: float) -> tuple[list[Ro
         if choice is None:
             raise ValueError(f"the dataflow table has no flows for {weight.dtype}: run `pc3d dataflow calibrate`")
         work = model(table, op, choice, kmap, layer)
-        others = [c for c in REAL_FLOWS[op] if c.name != choice.name]
+        others = [c for c in REAL_FLOWS["cpu"][op] if c.name != choice.name]
         second, best = ranked(table, op, others, kmap, layer)[0]
         peak = max(table.rates["gemm"]["values"])
         row = Row(

@@ -20,13 +20,15 @@ from typing import Any
 import torch
 
 from pc3d.errors import InputError
+from pc3d.ops.flows import Way, Window
 from pc3d.ops.kernel_map import KernelMap
-from pc3d.sparse.dataflow import Pass, Window
+from pc3d.sparse.dataflow import Pass
 
 VERSION = 1
 ARF_EDGES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 27)
 LEAST_LOG2, MOST_LOG2 = 8, 22
-FLOW_NAMES = {Pass.FORWARD: ("os", "ws"), Pass.INPUT_GRAD: ("os", "ws"), Pass.WEIGHT_GRAD: ("fod", "ws")}
+_OUTPUT_FLOWS = ("os", "fod", "ws")
+FLOW_NAMES = {Pass.FORWARD: _OUTPUT_FLOWS, Pass.INPUT_GRAD: _OUTPUT_FLOWS, Pass.WEIGHT_GRAD: ("fod", "ws")}
 
 _shipped = Path(__file__).with_name("tables")
 
@@ -41,7 +43,7 @@ class Choice:
         tile: outputs of a tile; 0 where the flow has none, or leaves it to the kernel.
         window, splits: sorting by masks, see :class:`pc3d.sparse.dataflow.Tiling`.
         microseconds: modelled time; 0 for a forced flow.
-        second_best: the runner-up, as ``flow`` or ``flow@tile``; empty if there is none.
+        second_best: the name of the runner-up; empty if there is none.
         margin: how much longer the runner-up takes, as a share; below 0 where the usual flow was kept in a near tie.
     """
 
@@ -55,8 +57,8 @@ class Choice:
 
     @property
     def name(self) -> str:
-        """``flow`` or ``flow@tile``."""
-        return f"{self.flow}@{self.tile}" if self.tile else self.flow
+        """As in :mod:`pc3d.ops.flows`."""
+        return Way(self.flow, self.tile, self.window, self.splits).name
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -75,10 +77,9 @@ class Choice:
 
 
 # One kernel offset is a plain product: these kernels are one, and give the same bits with any number of threads.
-PRODUCT = {
-    Pass.FORWARD: Choice("os", 512),
-    Pass.INPUT_GRAD: Choice("os", 512),
-    Pass.WEIGHT_GRAD: Choice("fod"),
+_PRODUCTS = {
+    device: {Pass.FORWARD: tiles, Pass.INPUT_GRAD: tiles, Pass.WEIGHT_GRAD: Choice("fod")}
+    for device, tiles in (("cpu", Choice("os", 512)), ("cuda", Choice("os")))
 }
 
 
@@ -241,16 +242,19 @@ def parse_flows(text: str) -> dict[Pass, Choice]:
     forced: dict[Pass, Choice] = {}
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         op, _, name = part.rpartition("=")
-        flow, _, tile = name.partition("@")
-        if flow == "auto":
+        if name == "auto":
             continue
-        passes = [p for p in Pass if op in ("", p.value) and flow in FLOW_NAMES[p]]
-        if not passes or (tile and (flow != "os" or not tile.isdigit() or int(tile) < 1 or int(tile) % 128)):
+        way = None
+        with contextlib.suppress(ValueError):
+            way = Way.parse(name)
+        passes = [p for p in Pass if op in ("", p.value) and way and way.flow in FLOW_NAMES[p]]
+        if way is None or not passes:
             known = "; ".join(f"{p.value}: {', '.join(names)}" for p, names in FLOW_NAMES.items())
             raise InputError(
-                f"dataflow '{part}': expected FLOW or PASS=FLOW ({known}), os@ROWS for tiles of a multiple of 128 rows"
+                f"dataflow '{part}': expected FLOW or PASS=FLOW ({known}), os@ROWS for tiles of a multiple of 128 "
+                "rows, on a GPU of 16, 32, 64 or 128"
             )
-        forced |= {p: Choice(flow, int(tile or 0)) for p in passes}
+        forced |= {p: Choice(*way) for p in passes}
     return forced
 
 
@@ -295,7 +299,7 @@ def decide(
         if op in _forced:
             yield op, _forced[op], True
         elif kernel_map.kernel_volume == 1:
-            yield op, PRODUCT[op], True
+            yield op, _PRODUCTS[device][op], True
         elif table is None:
             yield op, None, False
         else:

@@ -11,10 +11,10 @@ import torch
 from pc3d.cli import main
 from pc3d.errors import InputError
 from pc3d.ops.conv import Flows, sparse_conv
-from pc3d.ops.kernel_map import strided_map, submanifold_map
+from pc3d.ops.kernel_map import KernelMap, strided_map, submanifold_map
 from pc3d.sparse import SoarOrder, SparseConv3d, SparseInverseConv3d, SparseSequential, SubMConv3d, apply_in_order
 from pc3d.sparse.calibrate import QUICK, calibrate, model, shell
-from pc3d.sparse.dataflow import Device, Flow, Layer, Pass, RateGrid, Tiling, attributes, traffic
+from pc3d.sparse.dataflow import Device, Flow, Layer, Pass, RateGrid, Tiling, attributes, mask_efficiency, traffic
 from pc3d.sparse.flows import REAL_FLOWS, flows_of
 from pc3d.sparse.table import (
     Choice,
@@ -34,7 +34,7 @@ from pc3d.voxels import Voxels
 
 @pytest.fixture(scope="module")
 def table() -> DataflowTable:
-    return calibrate(REAL_FLOWS, effort=QUICK)
+    return calibrate(REAL_FLOWS["cpu"], effort=QUICK)
 
 
 def test_bins() -> None:
@@ -128,7 +128,7 @@ def test_the_input_gradient_is_a_layer_the_other_way() -> None:
 
 def test_the_model_names_a_time_for_every_flow(table: DataflowTable) -> None:
     kmap = submanifold_map(shell(8, 2000), (3, 3, 3))
-    for op, choices in REAL_FLOWS.items():
+    for op, choices in REAL_FLOWS["cpu"].items():
         for width in (16, 32):
             seconds = [model(table, op, choice, kmap, Layer(width, width)).seconds for choice in choices]
             assert all(0 < s < 60 for s in seconds)
@@ -137,10 +137,31 @@ def test_the_model_names_a_time_for_every_flow(table: DataflowTable) -> None:
         traffic(kmap, Layer(8, 8, op=Pass.WEIGHT_GRAD), Flow.OUTPUT_GATHER, _device(), Tiling(64))
 
 
+def test_flows_of_a_gpu_fill_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the times of a made-up GPU: 1e12 multiply-adds per second in every lane of a tile, 10 us per launch."""
+
+    def seconds(op: Pass, choice: Choice, kmap: KernelMap, layer: Layer, *_: object) -> float:
+        tiling = Tiling(choice.tile or 1, choice.window, choice.splits)
+        lanes = kmap.num_pairs / (mask_efficiency(kmap, tiling) if choice.flow == "os" else 1)
+        launches = 1 if choice.flow == "os" or op is Pass.WEIGHT_GRAD else kmap.kernel_volume
+        return launches * 1e-5 + lanes * layer.in_channels * layer.out_channels / 1e12
+
+    monkeypatch.setattr("pc3d.sparse.calibrate.time_pass", seconds)
+    ways = REAL_FLOWS["cuda"]
+    table = calibrate(ways, effort=QUICK, dtype=torch.float32)
+    found = {choice.name for key, choice in table.table.items() if key.op == "fwd"}
+    assert found <= {way.name for way in ways[Pass.FORWARD]}
+    again = json.loads(table.to_text())["table"]
+    assert {Choice.from_json(entry).name for entry in again.values()} == {c.name for c in table.table.values()}
+    for op, choices in ways.items():
+        grids = [table.rates["flows"][f"{op.value}|{flow}"] for flow in {choice.flow for choice in choices}]
+        assert all(min(grid["values"]) > 0 for grid in grids)
+
+
 def test_a_near_tie_keeps_the_usual_flow(table: DataflowTable) -> None:
     kept = [(key, choice) for key, choice in table.table.items() if choice.margin < 0]
-    assert all(choice.name == REAL_FLOWS[Pass(key.op)][0].name and choice.margin > -0.5 for key, choice in kept)
-    others = [choice for key, choice in table.table.items() if choice.name != REAL_FLOWS[Pass(key.op)][0].name]
+    assert all(choice.name == REAL_FLOWS["cpu"][Pass(key.op)][0].name and choice.margin > -0.5 for key, choice in kept)
+    others = [choice for key, choice in table.table.items() if choice.name != REAL_FLOWS["cpu"][Pass(key.op)][0].name]
     assert all(choice.margin >= 0 for choice in others)
 
 
@@ -160,8 +181,11 @@ def test_every_flow_gives_the_same_numbers(flow: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for left, right in zip(*gradients, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="no flow 'fod'"):
-        Flows(forward="fod")
+    for wrong in ("gemm", "os@100", "ws@128", "os@64s2", "os@64walls4", "os@-1"):
+        with pytest.raises(ValueError, match=f"no flow '{wrong}'"):
+            Flows(forward=wrong)
+    with pytest.raises(ValueError, match="weight_grad: no flow 'os'"):
+        Flows(weight_grad="os")
 
 
 def test_a_network_in_order_by_the_table_is_the_plain_network() -> None:
