@@ -40,12 +40,13 @@ def knn(
         raise ValueError(f"queries have {len(query_offsets) - 1} clouds, points {len(offsets) - 1}")
     query, coord = _plain("query", query), _plain("coord", coord)
     limit = radius * radius
-    rows = torch.full((len(query), k), -1, dtype=torch.int64, device=query.device)
-    distances = torch.full((len(query), k), math.inf, device=query.device)
     kernels = cpu_kernels(query, coord)
     if kernels is not None:
+        rows, distances = torch.empty(len(query), k, dtype=torch.int64), torch.empty(len(query), k)
         kernels.knn(query, query_offsets.contiguous(), coord, offsets.contiguous(), limit, rows, distances)
         return rows, distances
+    rows = torch.full((len(query), k), -1, dtype=torch.int64, device=query.device)
+    distances = torch.full((len(query), k), math.inf, device=query.device)
     clouds = zip(itertools.pairwise(query_offsets.tolist()), itertools.pairwise(offsets.tolist()), strict=True)
     for (begin, end), (first, last) in clouds:
         if first == last:

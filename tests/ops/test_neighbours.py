@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pc3d.ops.backend import use_backend
+from pc3d.ops.backend import cpu_kernels, use_backend
 from pc3d.ops.neighbours import farthest_points, knn
 
 COUNTS = [300, 0, 1, 17, 40]
@@ -83,6 +83,38 @@ def test_the_same_rows_for_any_number_of_threads() -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+def _scan(count: int) -> Tensor:
+    """A floor, a dense pole, an isolated far cluster and copies: density over four orders of magnitude."""
+    generator = torch.Generator().manual_seed(count)
+    points = torch.rand(4, count // 4, 3, generator=generator) * torch.tensor([4.0, 4.0, 0.01])
+    points[1] *= torch.tensor([1e-3, 1e-3, 200.0])
+    points[2] = points[2] * 1e-3 + 500
+    points[3] = points[0, torch.randint(0, 40, (count // 4,), generator=generator)]
+    return points.reshape(-1, 3)[torch.randperm(count // 4 * 4, generator=generator)]
+
+
+@pytest.mark.parametrize(("k", "radius"), [(1, math.inf), (16, math.inf), (16, 0.05), (150, math.inf), (300, 0.3)])
+def test_every_instruction_set_gives_the_same_bits(k: int, radius: float) -> None:
+    kernels = cpu_kernels()
+    if kernels is None:
+        pytest.skip("the C++ extension is not built")
+    coord = torch.cat([_scan(3000), _clouds("random", [2])])
+    offsets = torch.tensor([0, len(coord) - 2, len(coord)])
+    with use_backend("reference"):
+        expected = knn(coord, offsets, coord, offsets, k, radius)
+        sampled = farthest_points(coord, offsets, torch.tensor([0, 400, 402]))
+    for isa in kernels.neighbour_isas():
+        rows, distances = torch.empty(len(coord), k, dtype=torch.int64), torch.empty(len(coord), k)
+        kernels.knn(coord, offsets, coord, offsets, radius * radius, rows, distances, isa)
+        assert torch.equal(distances, expected[1]), isa
+        assert torch.equal(rows, expected[0]), isa
+        out = torch.empty(402, dtype=torch.int64)
+        kernels.farthest_points(
+            coord, offsets, torch.tensor([0, 400, 402]), torch.zeros(2, dtype=torch.int64), out, isa
+        )
+        assert torch.equal(out, sampled), isa
 
 
 def test_bad_input() -> None:

@@ -1,0 +1,68 @@
+// Searches in a tree of points for one instruction set; see neighbours.cpp for what builds the tree.
+#pragma once
+
+#include <stdint.h>
+
+namespace pc3d {
+
+constexpr int64_t kFan = 8;         // children of a node, points of a leaf
+constexpr int kMostLevels = 10;     // 8^10 leaves hold 2^31 points and more
+constexpr int64_t kMostRanked = 128;  // candidates put in order by counting; more are sorted
+constexpr int32_t kNobody = INT32_MAX;
+
+// Bounding boxes of nodes, with memory for a multiple of kFan of them.
+struct TreeLevel {
+  int64_t nodes;
+  const float *low[3], *high[3];
+  const int32_t *row;  // the smallest in the node
+};
+
+// Level 0 has the leaves, the last one at most kFan nodes; node i has the children kFan * i and on of the level below.
+struct PointTree {
+  int64_t points;
+  const float *coord[3];  // by axis; what the last leaf has no points for is NaN
+  const int32_t *row;     // of the cloud; kNobody there
+  int levels;
+  TreeLevel level[kMostLevels];
+};
+
+// The queries of one cloud; all rows count from its first.
+struct Queries {
+  const float *coord;
+  const int32_t *order;  // in which they are taken
+  int64_t k, first;      // `first` is added to rows found
+  float limit;           // squared
+  int64_t *rows;         // (queries, k)
+  float *distances;
+};
+
+// Memory of one thread: `capacity` candidates, and kFan more.
+struct SearchSpace {
+  int64_t capacity;
+  float *coord[3], *distances;
+  int32_t *rows, *places;
+  float *found_distances;  // k
+  int32_t *found_rows;
+};
+
+// Distance of every point to those sampled; of each node the largest, and the smallest row that has it.
+struct SampleState {
+  float *distances, *largest[kMostLevels];
+  int32_t *row[kMostLevels];
+};
+
+// Puts the k nearest of n first, ascending by distance, then row.
+void sort_nearest(float *distances, int32_t *rows, int64_t n, int64_t k);
+
+struct NeighbourKernels {
+  const char *name;
+  // Queries order[begin:end].
+  void (*nearest)(const PointTree &tree, const Queries &queries, int64_t begin, int64_t end, const SearchSpace &space);
+  // `count` rows, each the farthest from those before it.
+  void (*farthest)(const PointTree &tree, const float *coord, int64_t count, int64_t start, const SampleState &state, int64_t *out);
+};
+
+const NeighbourKernels *neighbour_kernels_generic();
+const NeighbourKernels *neighbour_kernels_avx2();  // null when not compiled
+
+}  // namespace pc3d

@@ -1,0 +1,407 @@
+// Nearest neighbours and farthest points, written once with vector extensions. A file that includes this defines PC3D_ISA (a
+// namespace name) and PC3D_WIDTH first. Only headers without inline functions are included: the linker could otherwise keep a
+// copy compiled for a CPU we are not on. Nothing may be compiled to fused multiply-adds: distances are defined to the bit.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "neighbours_kernels.h"
+
+namespace pc3d {
+namespace PC3D_ISA {
+
+#include "vectors.h"
+
+static_assert(kFan % kWidth == 0, "a leaf is some registers");
+
+constexpr int64_t kTogether = 16;     // queries that share their candidates, at most; one bounding box holds them,
+constexpr float kApart = 16.0f;       // of a diagonal that is at most 4 search radii, all of these squared;
+constexpr float kWide = 2.0f;         // candidates lie within this of the box, in radii of the query before,
+constexpr float kNear = 1.5f;         // and within this of a query when first looked at
+constexpr float kFarthest = 1e37f;    // beyond, squares could round to infinity
+constexpr int64_t kStack = (kFan - 1) * kMostLevels + 1;
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline float smaller(float a, float b) { return a < b ? a : b; }
+
+// Lane i of the result is bit i.
+inline uint32_t bits(Int mask) {
+#if PC3D_WIDTH == 8 && defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(mask)));
+#else
+  uint32_t found = 0;
+  for (int lane = 0; lane < kWidth; ++lane) found |= static_cast<uint32_t>(mask[lane] & 1) << lane;
+  return found;
+#endif
+}
+
+#if PC3D_WIDTH == 8 && defined(__AVX2__)
+struct PackingTable {
+  uint8_t lanes[256][8];
+  constexpr PackingTable() : lanes() {
+    for (int set = 0; set < 256; ++set)
+      for (int lane = 0, n = 0; lane < 8; ++lane)
+        if (set >> lane & 1) lanes[set][n++] = static_cast<uint8_t>(lane);
+  }
+};
+constexpr PackingTable kPackings;
+#endif
+
+// Moves the lanes whose bits are set to the front.
+struct Packing {
+  int64_t count;
+#if PC3D_WIDTH == 8 && defined(__AVX2__)
+  __m256i lanes;
+  explicit Packing(uint32_t set)
+      : count(__builtin_popcount(set)),
+        lanes(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(kPackings.lanes[set])))) {}
+  Vec operator()(Vec v) const { return _mm256_permutevar8x32_ps(v, lanes); }
+#else
+  int lanes[kWidth] = {};
+  explicit Packing(uint32_t set) : count(0) {
+    for (int lane = 0; lane < kWidth; ++lane)
+      if (set >> lane & 1) lanes[count++] = lane;
+  }
+  Vec operator()(Vec v) const {
+    Vec out{};
+    for (int lane = 0; lane < kWidth; ++lane) out[lane] = v[lanes[lane]];
+    return out;
+  }
+#endif
+  void operator()(int32_t *out, Int v) const { store(reinterpret_cast<float *>(out), (*this)(reinterpret_cast<Vec>(v))); }
+};
+
+inline Int load(const int32_t *p) { return reinterpret_cast<Int>(load(reinterpret_cast<const float *>(p))); }
+
+struct Box {
+  float low[3], high[3];
+  explicit Box(const float *p) : low{p[0], p[1], p[2]}, high{p[0], p[1], p[2]} {}
+  void add(const float *p) {
+    for (int axis = 0; axis < 3; ++axis) {
+      low[axis] = low[axis] < p[axis] ? low[axis] : p[axis];
+      high[axis] = high[axis] > p[axis] ? high[axis] : p[axis];
+    }
+  }
+  float squared_diagonal() const {
+    const float x = high[0] - low[0], y = high[1] - low[1], z = high[2] - low[2];
+    return (x * x + y * y) + z * z;
+  }
+};
+
+// A box in registers. Its squared distance to other boxes is rounded like those of points, and rounding is monotone: no
+// point of one is nearer to a point of the other.
+struct WideBox {
+  Vec low[3], high[3];
+  explicit WideBox(const Box &box) {
+    for (int axis = 0; axis < 3; ++axis) low[axis] = splat(box.low[axis]), high[axis] = splat(box.high[axis]);
+  }
+  Vec distance(const float *const *lows, const float *const *highs, int64_t at) const {  // NaN stays
+    Vec gap[3];
+    for (int axis = 0; axis < 3; ++axis)
+      gap[axis] = larger(Vec{}, larger(load(lows[axis] + at) - high[axis], low[axis] - load(highs[axis] + at)));
+    return (gap[0] * gap[0] + gap[1] * gap[1]) + gap[2] * gap[2];
+  }
+};
+
+// Bits of the nodes from `first` on that lie within `bound` of a box.
+inline uint32_t nodes_within(const TreeLevel &level, int64_t first, const WideBox &box, float bound) {
+  uint32_t found = 0;
+  for (int64_t i = 0; i < kFan; i += kWidth) found |= bits(box.distance(level.low, level.high, first + i) <= splat(bound)) << i;
+  return found & ((1u << smaller(kFan, level.nodes - first)) - 1);
+}
+
+// Copies the points within `bound` of a box; how many, -1 where there is no room for them.
+int64_t gather(const PointTree &tree, const Box &around, float bound, const SearchSpace &space) {
+  const WideBox box(around);
+  struct Visit {
+    int level;
+    int64_t first;
+  } stack[kStack];
+  int depth = 0;
+  int64_t count = 0;
+  stack[depth++] = {tree.levels - 1, 0};
+  while (depth) {
+    const Visit visit = stack[--depth];
+    for (uint32_t set = nodes_within(tree.level[visit.level], visit.first, box, bound); set; set &= set - 1) {
+      const int64_t below = kFan * (visit.first + __builtin_ctz(set));
+      if (visit.level) {
+        stack[depth++] = {visit.level - 1, below};
+        continue;
+      }
+      if (count + kFan > space.capacity) return -1;
+      for (int64_t i = below; i < below + kFan; i += kWidth) {
+        const Packing packing(bits(box.distance(tree.coord, tree.coord, i) <= splat(bound)));
+        for (int axis = 0; axis < 3; ++axis) store(space.coord[axis] + count, packing(load(tree.coord[axis] + i)));
+        packing(space.rows + count, load(tree.row + i));
+        count += packing.count;
+      }
+    }
+  }
+  for (int axis = 0; axis < 3; ++axis) store(space.coord[axis] + count, splat(NAN));  // never within a bound
+  return count;
+}
+
+// Distances and places of the first `count` candidates that lie within `bound` of p.
+inline int64_t candidates_within(const SearchSpace &space, int64_t count, const float *p, float bound) {
+  const Vec x = splat(p[0]), y = splat(p[1]), z = splat(p[2]), most = splat(bound);
+  const float *const xs = space.coord[0], *const ys = space.coord[1], *const zs = space.coord[2];
+  float *const distances = space.distances;
+  int32_t *const places = space.places;
+  int64_t found = 0;
+  Int place;
+  for (int lane = 0; lane < kWidth; ++lane) place[lane] = lane;
+  for (int64_t i = 0; i < count; i += kWidth, place += static_cast<int32_t>(kWidth)) {
+    const Vec dx = load(xs + i) - x, dy = load(ys + i) - y, dz = load(zs + i) - z;
+    const Vec d = (dx * dx + dy * dy) + dz * dz;
+    const Packing packing(bits(d <= most));
+    store(distances + found, packing(d));
+    packing(places + found, place);
+    found += packing.count;
+  }
+  return found;
+}
+
+// How many of n distances are less than those of `Registers` registers from `first` on; with rows, or equal and of a smaller row.
+template <int Registers>
+inline void count_nearer(const float *d, const int32_t *rows, int64_t n, int64_t first, int32_t *rank) {
+  Vec own[Registers];
+  Int count[Registers] = {}, own_row[Registers];
+  for (int r = 0; r < Registers; ++r) own[r] = load(d + first + r * kWidth);
+  if (rows) {
+    for (int r = 0; r < Registers; ++r) own_row[r] = load(rows + first + r * kWidth);
+    for (int64_t j = 0; j < n; ++j) {
+      const Vec other = splat(d[j]);
+      const Int row = Int{} + rows[j];
+      for (int r = 0; r < Registers; ++r) count[r] -= (other < own[r]) | ((other == own[r]) & (row < own_row[r]));
+    }
+  } else {
+    for (int64_t j = 0; j < n; ++j) {
+      const Vec other = splat(d[j]);
+      for (int r = 0; r < Registers; ++r) count[r] -= other < own[r];
+    }
+  }
+  for (int r = 0; r < Registers; ++r) store(reinterpret_cast<float *>(rank + first + r * kWidth), reinterpret_cast<Vec>(count[r]));
+}
+
+inline void count_nearer(const float *d, const int32_t *rows, int64_t n, int32_t *rank) {
+  int64_t first = 0;
+  for (; n - first > 3 * kWidth; first += 4 * kWidth) count_nearer<4>(d, rows, n, first, rank);
+  if (n - first > 2 * kWidth)
+    count_nearer<3>(d, rows, n, first, rank);
+  else if (n - first > kWidth)
+    count_nearer<2>(d, rows, n, first, rank);
+  else if (n > first)
+    count_nearer<1>(d, rows, n, first, rank);
+}
+
+// The result of one query.
+struct Found {
+  int64_t k, first;
+  float *distances;
+  int64_t *rows;
+  void put(int64_t at, float d, int32_t row) const { distances[at] = d, rows[at] = first + row; }
+  void nobody_from(int64_t at) const {
+    for (; at < k; ++at) distances[at] = INFINITY, rows[at] = -1;
+  }
+};
+
+// The nearest of n candidates, at most k.
+inline void put_in_order(const SearchSpace &space, int64_t n, const Found &found) {
+  const int64_t kept = smaller(n, found.k);
+  if (n > kMostRanked) {
+    for (int64_t i = 0; i < n; ++i) space.places[i] = space.rows[space.places[i]];
+    sort_nearest(space.distances, space.places, n, kept);
+    for (int64_t i = 0; i < kept; ++i) found.put(i, space.distances[i], space.places[i]);
+    return;
+  }
+  constexpr int64_t most = kMostRanked + 4 * kWidth;
+  int32_t rank[most], rows[most], owner[most];
+  const auto place = [&] {  // false where two have the same rank: then another one is nobody's
+    for (int64_t i = 0; i <= kept; i += kWidth) store(reinterpret_cast<float *>(owner + i), reinterpret_cast<Vec>(Int{} - 1));
+    for (int64_t i = 0; i < n; ++i) owner[rank[i]] = static_cast<int32_t>(i);
+    int32_t all = 0;
+    for (int64_t i = 0; i < smaller(n, found.k + 1); ++i) all |= owner[i];
+    return all >= 0;
+  };
+  count_nearer(space.distances, nullptr, n, rank);
+  if (!place()) {
+    for (int64_t i = 0; i < n; ++i) rows[i] = space.rows[space.places[i]];
+    count_nearer(space.distances, rows, n, rank);
+    place();
+  }
+  for (int64_t i = 0; i < kept; ++i) found.put(i, space.distances[owner[i]], space.rows[space.places[owner[i]]]);
+}
+
+// The k nearest so far, ascending by distance, then row.
+struct Nearest {
+  int64_t k;
+  float *distance;
+  int32_t *row;
+
+  bool better(float d, int32_t r, int64_t i) const { return d < distance[i] || (d == distance[i] && r < row[i]); }
+  void offer(float d, int32_t r) {
+    if (!better(d, r, k - 1)) return;
+    int64_t i = k - 1;
+    for (; i > 0 && better(d, r, i - 1); --i) distance[i] = distance[i - 1], row[i] = row[i - 1];
+    distance[i] = d, row[i] = r;
+  }
+};
+
+// One query, nearest nodes first.
+void search(const PointTree &tree, const float *p, float limit, const SearchSpace &space, const Found &found) {
+  Nearest nearest{found.k, space.found_distances, space.found_rows};
+  for (int64_t i = 0; i < found.k; ++i) nearest.distance[i] = INFINITY, nearest.row[i] = kNobody;
+  const WideBox box{Box(p)};
+  struct Visit {
+    int level;
+    int64_t node;
+    float bound;
+    int32_t row;
+  } stack[kStack];
+  int depth = 0;
+  float bound[kFan];
+  const auto distances = [&](const float *const *lows, const float *const *highs, int64_t first) {
+    uint32_t within = 0;
+    const Vec most = splat(smaller(limit, nearest.distance[found.k - 1]));
+    for (int64_t i = 0; i < kFan; i += kWidth) {
+      const Vec d = box.distance(lows, highs, first + i);
+      store(bound + i, d);
+      within |= bits(d <= most) << i;
+    }
+    return within;
+  };
+  const auto push_nodes = [&](int at, int64_t first) {
+    const TreeLevel &level = tree.level[at];
+    const int bottom = depth;
+    const uint32_t real = (1u << smaller(kFan, level.nodes - first)) - 1;
+    for (uint32_t set = distances(level.low, level.high, first) & real; set; set &= set - 1) {
+      const int i = __builtin_ctz(set);
+      const Visit visit{at, first + i, bound[i], level.row[first + i]};
+      int to = depth++;
+      for (; to > bottom && (stack[to - 1].bound < visit.bound || (stack[to - 1].bound == visit.bound && stack[to - 1].row < visit.row)); --to)
+        stack[to] = stack[to - 1];
+      stack[to] = visit;
+    }
+  };
+  push_nodes(tree.levels - 1, 0);
+  while (depth) {
+    const Visit visit = stack[--depth];
+    if (!nearest.better(visit.bound, visit.row, found.k - 1)) continue;
+    const int64_t below = kFan * visit.node;
+    if (visit.level) {
+      push_nodes(visit.level - 1, below);
+      continue;
+    }
+    for (uint32_t set = distances(tree.coord, tree.coord, below); set; set &= set - 1)
+      nearest.offer(bound[__builtin_ctz(set)], tree.row[below + __builtin_ctz(set)]);
+  }
+  int64_t count = 0;
+  for (; count < found.k && nearest.row[count] != kNobody; ++count) found.put(count, nearest.distance[count], nearest.row[count]);
+  found.nobody_from(count);
+}
+
+// Consecutive queries share their candidates: all points near the box of these queries, as near as the k-th neighbour of the
+// query before suggests. A query with k of them within what was searched has its neighbours; others are searched alone.
+void nearest(const PointTree &tree, const Queries &queries, int64_t begin, int64_t end, const SearchSpace &space) {
+  const int64_t k = queries.k;
+  const float limit = queries.limit;
+  const bool few = tree.points <= (k > kMostRanked ? k : kMostRanked);
+  const auto point = [&](int64_t j) { return queries.coord + 3 * static_cast<int64_t>(queries.order[j]); };
+  float radius = limit;  // squared, to the k-th neighbour of the query before
+  const float *before = nullptr;
+  for (int64_t j = begin; j < end;) {
+    Box box(point(j));
+    int64_t last = j + 1;
+    for (; last < end && last - j < kTogether; ++last) {
+      Box wider = box;
+      wider.add(point(last));
+      if (!few && !(wider.squared_diagonal() <= kApart * radius)) break;
+      box = wider;
+    }
+    const float wide = few ? limit : smaller(kWide * radius, limit);
+    const int64_t count = few || (last - j > 2 && wide < kFarthest) ? gather(tree, box, wide, space) : -1;
+    if (count < 0) last = j + 1;
+    for (; j < last; ++j) {
+      const float *p = point(j);
+      const int64_t own = queries.order[j];
+      const Found found{k, queries.first, queries.distances + own * k, queries.rows + own * k};
+      int64_t n = -1;
+      if (count >= 0) {
+        const float near = smaller(kNear * radius, wide);
+        n = candidates_within(space, count, p, near);
+        if (n < k && near < wide) n = candidates_within(space, count, p, wide);
+      }
+      if (j + 1 < last) {
+        const int64_t next = queries.order[j + 1] * k;
+        for (int64_t i = 0; i < k; i += 8) __builtin_prefetch(queries.rows + next + i, 1);
+        for (int64_t i = 0; i < k; i += 16) __builtin_prefetch(queries.distances + next + i, 1);
+      }
+      if (n >= k || (count >= 0 && wide == limit)) {
+        put_in_order(space, n, found);
+        found.nobody_from(smaller(n, k));
+      } else {  // the neighbours of the query before are within its radius and the way from it
+        double reach = INFINITY;
+        if (before) {
+          const double x = static_cast<double>(p[0]) - before[0], y = static_cast<double>(p[1]) - before[1], z = static_cast<double>(p[2]) - before[2];
+          reach = sqrt(static_cast<double>(radius)) + sqrt(x * x + y * y + z * z);
+        }
+        const float bound = static_cast<float>(reach * reach * 1.0001) + 1e-37f;  // rounding included
+        search(tree, p, smaller(limit, bound), space, found);
+        last = j + 1;
+      }
+      before = point(j);
+      radius = smaller(found.distances[k - 1], limit);
+    }
+  }
+}
+
+// The largest of kFan distances, and the smallest row that has it.
+inline void take_largest(const float *distances, const int32_t *rows, float *largest, int32_t *row) {
+  float most = distances[0];
+  int32_t who = rows[0];
+  for (int64_t i = 1; i < kFan; ++i) {
+    const bool more = distances[i] > most || (distances[i] == most && rows[i] < who);
+    most = more ? distances[i] : most;
+    who = more ? rows[i] : who;
+  }
+  *largest = most, *row = who;
+}
+
+// Distances below nodes [first, first + kFan) of a level, now that the box (a point) is sampled. Nodes whose largest distance
+// is not more than that to their box stay as they are.
+void shrink(const PointTree &tree, const WideBox &box, const SampleState &state, int at, int64_t first) {
+  const TreeLevel &level = tree.level[at];
+  uint32_t set = 0;
+  for (int64_t i = 0; i < kFan; i += kWidth)
+    set |= bits(box.distance(level.low, level.high, first + i) < load(state.largest[at] + first + i)) << i;
+  for (set &= (1u << smaller(kFan, level.nodes - first)) - 1; set; set &= set - 1) {
+    const int64_t node = first + __builtin_ctz(set), below = kFan * node;
+    if (at) {
+      shrink(tree, box, state, at - 1, below);
+      take_largest(state.largest[at - 1] + below, state.row[at - 1] + below, state.largest[at] + node, state.row[at] + node);
+      continue;
+    }
+    for (int64_t i = below; i < below + kFan; i += kWidth) {
+      const Vec d = box.distance(tree.coord, tree.coord, i), old = load(state.distances + i);
+      store(state.distances + i, d < old ? d : old);
+    }
+    take_largest(state.distances + below, tree.row + below, state.largest[0] + node, state.row[0] + node);
+  }
+}
+
+void farthest(const PointTree &tree, const float *coord, int64_t count, int64_t start, const SampleState &state, int64_t *out) {
+  int32_t chosen = static_cast<int32_t>(start);
+  float largest;
+  for (int64_t i = 0; i < count; ++i) {
+    out[i] = chosen;
+    shrink(tree, WideBox(Box(coord + 3 * static_cast<int64_t>(chosen))), state, tree.levels - 1, 0);
+    take_largest(state.largest[tree.levels - 1], state.row[tree.levels - 1], &largest, &chosen);
+  }
+}
+
+}  // namespace PC3D_ISA
+}  // namespace pc3d
