@@ -17,6 +17,16 @@ hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("explore", deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where there is a GPU, kernels that are interpreted elsewhere run on it, and belong to ``-m gpu``."""
+    if torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu_kernel"):
+                item.add_marker(pytest.mark.gpu)
+
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

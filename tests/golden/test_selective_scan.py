@@ -43,19 +43,22 @@ def _offsets(batch: Tensor) -> Tensor:
 
 def _same(actual: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
     largest = max(expected.abs().max().item(), 1e-6)
-    torch.testing.assert_close(actual.float(), expected.reshape(actual.shape), rtol=0, atol=tolerance * largest)
+    torch.testing.assert_close(actual.float().cpu(), expected.reshape(actual.shape), rtol=0, atol=tolerance * largest)
 
 
-@pytest.mark.parametrize("backend", ["reference", "auto", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "auto", pytest.param("triton", marks=pytest.mark.gpu_kernel)])
 @pytest.mark.parametrize("case", CASES)
 def test_selective_scan(golden_dir: Path, backend: str, case: str) -> None:
     if backend == "triton":
         pytest.importorskip("triton")
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
     golden = Golden(golden_dir / "selective-scan-scan1.npz")
     stored, dtypes = golden.group(f"in/{case}."), golden.meta["cases"][case]["dtypes"]
     upstream = stored.pop("grad_y")
     batch, _, length = upstream.shape
-    leaves = {k: t.to(getattr(torch, dtypes[k].removeprefix("torch."))).requires_grad_() for k, t in stored.items()}
+    leaves = {
+        k: t.to(device, getattr(torch, dtypes[k].removeprefix("torch."))).requires_grad_() for k, t in stored.items()
+    }
 
     def channels_last(name: str) -> Tensor:
         return _rows(leaves[name].transpose(1, 2))
@@ -74,14 +77,14 @@ def test_selective_scan(golden_dir: Path, backend: str, case: str) -> None:
             leaves["A"],
             coefficients("B"),
             coefficients("C"),
-            torch.arange(batch + 1) * length,
+            torch.arange(batch + 1, device=device) * length,
             leaves.get("D"),
             channels_last("z") if "z" in leaves else None,
             leaves.get("delta_bias"),
             golden.meta["cases"][case]["delta_softplus"],
         )
         y = y.view(batch, length, -1).transpose(1, 2)
-        (y.float() * upstream).sum().backward()
+        (y.float() * upstream.to(device)).sum().backward()
     half = 1e-2 if case == "bf16" else 1e-5
     expected = golden.group(f"out/{case}.")
     _same(y, expected["y"], half)

@@ -13,6 +13,7 @@ from pc3d.ops.conv import Epilogue, sparse_conv
 from pc3d.ops.kernel_map import KernelMap, strided_map, submanifold_map
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu_kernel
 
 
 @pytest.fixture(autouse=True)

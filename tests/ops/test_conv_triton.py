@@ -20,6 +20,7 @@ from pc3d.sparse.table import use_dataflow
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu_kernel
 
 
 def coordinates(voxels: int, seed: int = 0) -> Tensor:

@@ -60,6 +60,7 @@ def test_kernels_equal_the_reference(name, channels, dtype, tolerance):
     assert_all_close(found, expected, tolerance)
 
 
+@pytest.mark.gpu_kernel
 @pytest.mark.parametrize("name", kernel_maps(10))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_triton_equals_the_reference(name, dtype):

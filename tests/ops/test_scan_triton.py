@@ -12,6 +12,7 @@ from pc3d.ops.scan import selective_scan, ssd
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu_kernel
 CLOUDS = {"one chunk": (20,), "several": (70, 0, 1, 64, 130), "empty": (0, 0)}
 
 
