@@ -10,6 +10,9 @@
 
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 #include "attention_kernels.h"
 
@@ -25,21 +28,6 @@ constexpr float kNever = -1e30f;  // score of a key that is not there
 constexpr float kLog2 = 0.693147180559945f;
 
 inline int64_t padded(int64_t length) { return (length + kStrip - 1) / kStrip * kStrip; }
-inline float total(Vec v) {
-  typedef float Half __attribute__((vector_size(kWidth / 2 * sizeof(float))));
-  Half low, high;
-  memcpy(&low, &v, sizeof low);
-  memcpy(&high, reinterpret_cast<const char *>(&v) + sizeof low, sizeof high);
-  low += high;
-  float sum = low[0];
-  for (int64_t i = 1; i < kWidth / 2; ++i) sum += low[i];
-  return sum;
-}
-inline float largest(Vec v) {
-  float best = v[0];
-  for (int64_t i = 1; i < kWidth; ++i) best = v[i] > best ? v[i] : best;
-  return best;
-}
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Rows of a table, point after point, into strips; keys that are not there are zero.

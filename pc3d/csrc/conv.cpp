@@ -46,9 +46,14 @@ constexpr int64_t kMostChunks = 64;         // and chunks of all offsets togethe
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-const std::vector<const ConvKernels *> &usable() {
+const std::vector<const ConvKernels *> &usable(bool bf16) {
   static const auto kernels = usable_kernels(conv_kernels_avx512(), conv_kernels_avx2(), conv_kernels_generic());
-  return kernels;
+  static const auto for_bf16 = [] {
+    auto all = kernels;
+    if (conv_kernels_avx512bf16() && has_avx512bf16()) all.insert(all.begin() + (fast_avx512bf16() ? 0 : 1), conv_kernels_avx512bf16());
+    return all;
+  }();
+  return bf16 ? for_bf16 : kernels;
 }
 
 // Memory that one calling thread keeps between calls: fresh pages would cost as much as packing the weights.
@@ -172,7 +177,7 @@ void plan_pairs(Array<const int32_t, 1> gather, Array<const int32_t, 1> scatter,
 }
 
 void pack_weights(const ConvKernels &kernels, const StridedArray<const float, 3> &weight, const ConvProduct &p, float *packed) {
-  const int64_t strips = ceil_div(p.cout, kernels.strip), size = p.cin * kernels.strip;
+  const int64_t strips = ceil_div(p.cout, kernels.strip), size = ceil_div(p.cin, kernels.pair) * kernels.strip;
   parallel_tasks(p.kernel_volume * strips, [&](int64_t i) {
     const int64_t k = i / strips;
     const int64_t *starts = p.starts + k * (p.granules + 1);
@@ -202,7 +207,7 @@ const float *pointer(const Channels &values) { return values ? values->data() : 
 void conv_forward(Matrix x, StridedArray<const float, 3> weight, Channels bias, Array<const int32_t, 1> gather,
                   Array<const int32_t, 1> scatter, Array<const int64_t, 2> starts, Result y, Channels scale, Channels shift,
                   std::optional<Matrix> residual, bool relu, const std::string &isa, int64_t tile_rows) {
-  const ConvKernels &kernels = find_kernels(usable(), isa);
+  const ConvKernels &kernels = find_kernels(usable(is_bf16(x)), isa);
   ConvProduct p{};
   p.x = features(x), p.y = y.data(), p.bias = pointer(bias), p.scale = pointer(scale), p.shift = pointer(shift);
   p.residual = residual ? residual->data() : nullptr, p.relu = relu;
@@ -221,7 +226,7 @@ void conv_forward(Matrix x, StridedArray<const float, 3> weight, Channels bias, 
   require(tile_rows >= 0, "tile_rows must not be negative");
   nb::gil_scoped_release release;
   if (p.rows == 0 || p.cout == 0) return;
-  float *packed = workspace(p.kernel_volume * ceil_div(p.cout, kernels.strip) * kernels.strip * p.cin);
+  float *packed = workspace(p.kernel_volume * ceil_div(p.cout, kernels.strip) * kernels.strip * ceil_div(p.cin, kernels.pair));
   pack_weights(kernels, weight, p, packed);
   p.weights = packed;
   run_tiles(kernels, p, tile_rows ? ceil_div(tile_rows, kGranule) : kTileGranules);
@@ -265,12 +270,12 @@ void add_chunks(const std::vector<Chunk> &chunks, int64_t cin, int64_t cout, flo
 void conv_weight_grad(Matrix x, Matrix g, Array<const int32_t, 1> in_rows,
                       Array<const int32_t, 1> out_rows, Array<const int64_t, 1> offsets, Array<float, 3> out,
                       const std::string &isa) {
-  const ConvKernels &kernels = find_kernels(usable(), isa);
+  const Features left = features(x), right = features(g);
+  const ConvKernels &kernels = find_kernels(usable(left.bf16 && right.bf16), isa);
   const int64_t kernel_volume = out.shape(0), cin = x.shape(1), cout = g.shape(1);
   require(static_cast<int64_t>(offsets.shape(0)) == kernel_volume + 1 && static_cast<int64_t>(out.shape(1)) == cin &&
               static_cast<int64_t>(out.shape(2)) == cout && in_rows.shape(0) == out_rows.shape(0),
           "the gradient does not fit the features");
-  const Features left = features(x), right = features(g);
   nb::gil_scoped_release release;
   check_offsets(offsets.data(), kernel_volume, in_rows.shape(0));
   const std::vector<Chunk> chunks = make_chunks(offsets.data(), kernel_volume, cin * cout, out.data());
@@ -289,7 +294,8 @@ void conv_weight_grad(Matrix x, Matrix g, Array<const int32_t, 1> in_rows,
 
 void register_conv(nb::module_ &m) {
   m.attr("CONV_GRANULE") = kGranule;
-  m.def("conv_isas", [] { return names_of(usable()); }, "Instruction sets of the convolution kernels usable here, fastest first.");
+  m.def("conv_isas", [](bool bf16) { return names_of(usable(bf16)); }, nb::arg("bf16") = false,
+        "Instruction sets of the convolution kernels usable here, fastest first; `bf16`: for bfloat16 features.");
   m.def("conv_plan_starts", &plan_starts, nb::arg("gather"), nb::arg("scatter"), nb::arg("offsets"), nb::arg("sources"),
         nb::arg("rows"), nb::arg("starts"),
         "Fills `starts` (K, granules + 1) with the first pair of every granule of `scatter` rows and checks the map; False "

@@ -20,7 +20,7 @@ struct Features {
 struct ConvProduct {
   Features x;            // (source rows, cin)
   void *y;               // (rows, cout)
-  const float *weights;  // packed per offset: strips of `strip` columns, (strips, cin, strip), zero-padded columns
+  const float *weights;  // packed per offset: strips of `strip` columns, (strips, ceil(cin / pair), strip), zero-padded
   const float *bias;     // (cout) or null
   const float *scale;    // (cout) or null, and with it
   const float *shift;    // (cout)
@@ -45,6 +45,7 @@ struct WeightGradPart {
 struct ConvKernels {
   const char *name;
   int64_t strip;      // columns of one packed weight strip
+  int64_t pair;       // input channels of a packed weight: 1, or 2 of kernels that take bfloat16 features only
   int64_t cin_block;  // input channels of one weight-gradient task
   // Packs columns [s * strip, (s + 1) * strip) of the (cin, cout) matrix with element (i, j) at w[i * row + j * column].
   void (*pack)(const float *w, int64_t row, int64_t column, int64_t cin, int64_t cout, int64_t s, float *packed);
@@ -56,6 +57,7 @@ struct ConvKernels {
 };
 
 // Null where the compiler was not given the instruction set. The caller checks that the CPU has it.
+const ConvKernels *conv_kernels_avx512bf16();
 const ConvKernels *conv_kernels_avx512();
 const ConvKernels *conv_kernels_avx2();
 const ConvKernels *conv_kernels_generic();

@@ -1,5 +1,6 @@
 // Micro-kernels of sparse convolution, written once with vector extensions. A file that includes this defines first
-//   PC3D_ISA (a namespace name), PC3D_WIDTH (floats per register), PC3D_ROWS (rows of a register block).
+//   PC3D_ISA (a namespace name), PC3D_WIDTH (floats per register), PC3D_ROWS (rows of a register block), and PC3D_BF16 for
+//   products of bfloat16: an element of panels and packed weights is then a pair of numbers, the first in the upper half.
 // Only headers without inline functions are included: the linker could otherwise keep a copy compiled for a CPU we are not on.
 //
 // Every output element is one chain of multiply-adds: offsets ascending, channels ascending. So neither the tile, the
@@ -8,6 +9,9 @@
 
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 #include "conv_kernels.h"
 
@@ -26,6 +30,31 @@ typedef float Loose __attribute__((vector_size(kWidth * sizeof(float)), aligned(
 
 inline Vec load(const float *p) { return *reinterpret_cast<const Loose *>(p); }
 inline void store(float *p, Vec v) { *reinterpret_cast<Loose *>(p) = v; }
+
+typedef uint32_t Bits __attribute__((vector_size(kWidth * sizeof(float))));
+typedef uint16_t Halves __attribute__((vector_size(kWidth * sizeof(uint16_t)), aligned(2), may_alias));
+
+#if defined(PC3D_BF16)
+constexpr int64_t kPair = 2;  // numbers of an element
+#else
+constexpr int64_t kPair = 1;
+#endif
+inline int64_t elements(int64_t numbers) { return (numbers + kPair - 1) / kPair; }
+
+// sum += a * b, of pairs the upper product first, as Intel describes the instruction. It takes subnormal numbers for zero.
+inline void add_product(float a, Vec b, Vec &sum) {
+#if !defined(PC3D_BF16)
+  sum += a * b;
+#elif defined(__AVX512BF16__)
+  sum = _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(b), reinterpret_cast<__m512bh>(_mm512_set1_ps(a)));
+#else
+  uint32_t bits;
+  memcpy(&bits, &a, 4);
+  const Bits left = Bits{} + bits, right = reinterpret_cast<Bits>(b);
+  sum += reinterpret_cast<Vec>(left & 0xFFFF0000) * reinterpret_cast<Vec>(right & 0xFFFF0000);
+  sum += reinterpret_cast<Vec>(left << 16) * reinterpret_cast<Vec>(right << 16);
+#endif
+}
 
 // Row rows[r] of y, columns [0, NV * kWidth), plus the sum over d of a(r, d) * b[d][:]. The panel `a` holds (r, d) at
 // a[r * kDepth + d], or, when transposed (weight gradient: d is a pair, r a channel), at a[d * kDepth + r].
@@ -47,7 +76,7 @@ void block(const float *a, const float *b, int64_t depth, float *y, const int32_
     for (int r = 0; r < R; ++r) {
       const float s = Transposed ? a[r] : a[r * kDepth];
 #pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v) acc[r][v] += s * column[v];
+      for (int v = 0; v < NV; ++v) add_product(s, column[v], acc[r][v]);
     }
     a += Transposed ? kDepth : 1;
     b += kStrip;
@@ -131,13 +160,9 @@ inline void copy(const float *from, int64_t n, float *to) {
   for (; d < n; ++d) to[d] = from[d];
 }
 
-typedef uint32_t Bits __attribute__((vector_size(kWidth * sizeof(float))));
-typedef uint16_t Halves __attribute__((vector_size(kWidth * sizeof(uint16_t)), aligned(2), may_alias));
-
 // bfloat16 is the upper half of a float32.
-inline Vec widen(const uint16_t *p) {
-  return reinterpret_cast<Vec>(__builtin_convertvector(*reinterpret_cast<const Halves *>(p), Bits) << 16);
-}
+inline Bits bits_of(const uint16_t *p) { return __builtin_convertvector(*reinterpret_cast<const Halves *>(p), Bits); }
+inline Vec widen(const uint16_t *p) { return reinterpret_cast<Vec>(bits_of(p) << 16); }
 inline void widen(const uint16_t *from, int64_t n, float *to) {
   int64_t d = 0;
   for (; d + kWidth <= n; d += kWidth) store(to + d, widen(from + d));
@@ -147,11 +172,12 @@ inline void widen(const uint16_t *from, int64_t n, float *to) {
   }
 }
 // To the nearest, ties to even, as PyTorch does; NaN stays NaN.
-inline void narrow(Vec value, uint16_t *p) {
+inline Bits narrow(Vec value) {
   const Bits bits = reinterpret_cast<Bits>(value);
   const Bits rounded = bits + 0x7FFF + (bits >> 16 & 1), nan = reinterpret_cast<Bits>(value != value);
-  *reinterpret_cast<Halves *>(p) = __builtin_convertvector(((rounded >> 16) & ~nan) | (nan & 0x7FC0), Halves);
+  return ((rounded >> 16) & ~nan) | (nan & 0x7FC0);
 }
+inline void narrow(Vec value, uint16_t *p) { *reinterpret_cast<Halves *>(p) = __builtin_convertvector(narrow(value), Halves); }
 
 // A part of the rows of a matrix: columns [first, first + width).
 struct Rows {
@@ -162,9 +188,10 @@ struct Rows {
   const char *address(int64_t i, int64_t d) const {
     return static_cast<const char *>(matrix.data) + (index[i] * stride + first + d) * (matrix.bf16 ? 2 : 4);
   }
+  const uint16_t *halves(int64_t i, int64_t d) const { return reinterpret_cast<const uint16_t *>(address(i, d)); }
   void read(int64_t i, int64_t d, int64_t n, float *to) const {
     if (matrix.bf16)
-      widen(reinterpret_cast<const uint16_t *>(address(i, d)), n, to);
+      widen(halves(i, d), n, to);
     else
       copy(reinterpret_cast<const float *>(address(i, d)), n, to);
   }
@@ -174,39 +201,103 @@ struct Rows {
   }
 };
 
-// Rows [0, n) side by side, kDepth apart.
+#if defined(PC3D_BF16)
+// Up to kWidth numbers, then zeros.
+inline Bits some_bits(const uint16_t *p, int64_t n) {
+  if (n >= kWidth) return bits_of(p);
+  uint16_t part[kWidth] = {};
+  if (n > 0) memcpy(part, p, n * sizeof(uint16_t));
+  return bits_of(part);
+}
+
+// n numbers as pairs of neighbours; writes whole registers.
+inline Vec across(const uint16_t *row) {
+  Bits bits;
+  memcpy(&bits, row, sizeof bits);
+  return reinterpret_cast<Vec>(bits << 16 | bits >> 16);
+}
+inline void read_across(const uint16_t *row, int64_t n, float *to) {
+  for (; n >= 2 * kWidth; n -= 2 * kWidth, row += 2 * kWidth, to += kWidth) store(to, across(row));
+  if (n == 0) return;
+  uint16_t part[2 * kWidth] = {};
+  memcpy(part, row, n * sizeof(uint16_t));
+  store(to, across(part));
+}
+
+// n numbers paired with those of the next row, which is null behind the last one; writes whole registers.
+inline void read_down(const uint16_t *row, const uint16_t *next, int64_t n, float *to) {
+  for (int64_t j = 0; j < n; j += kWidth)
+    store(to + j, reinterpret_cast<Vec>(some_bits(row + j, n - j) << 16 | (next ? some_bits(next + j, n - j) : Bits{})));
+}
+#endif
+
+// Rows [0, n) side by side, kDepth elements apart.
 inline void gather_panel(const Rows &rows, int64_t n, float *to) {
   for (int64_t i = 0; i < n; ++i, to += kDepth) {
     if (i + kAhead < n) rows.prefetch(i + kAhead);
+#if defined(PC3D_BF16)
+    read_across(rows.halves(i, 0), rows.width, to);
+#else
     rows.read(i, 0, rows.width, to);
+#endif
   }
 }
 
-// Rows [0, n) cut into strips, strip after strip, zero-padded columns.
+// Numbers [d, d + n) of row i, of pairs beside those of row i + 1.
+inline void read_rows(const Rows &rows, int64_t i, int64_t end, int64_t d, int64_t n, float *to) {
+#if defined(PC3D_BF16)
+  read_down(rows.halves(i, d), i + 1 < end ? rows.halves(i + 1, d) : nullptr, n, to);
+#else
+  static_cast<void>(end);
+  rows.read(i, d, n, to);
+#endif
+}
+
+// Rows [0, n) side by side, kDepth numbers apart; pairs are of two rows.
+inline void gather_rows(const Rows &rows, int64_t n, float *to) {
+  for (int64_t i = 0; i < n; i += kPair, to += kDepth) {
+    for (int64_t ahead = i + kAhead; ahead < min64(i + kAhead + kPair, n); ++ahead) rows.prefetch(ahead);
+    read_rows(rows, i, n, 0, rows.width, to);
+  }
+}
+
+// Rows [0, n) cut into strips, strip after strip, zero-padded columns; pairs are of two rows.
 inline void gather_strips(const Rows &rows, int64_t n, float *to) {
-  for (int64_t i = 0; i < n; ++i, to += kStrip) {
-    if (i + kAhead < n) rows.prefetch(i + kAhead);
+  for (int64_t i = 0; i < n; i += kPair, to += kStrip) {
+    for (int64_t ahead = i + kAhead; ahead < min64(i + kAhead + kPair, n); ++ahead) rows.prefetch(ahead);
     float *strip = to;
     int64_t d = 0;
-    for (; d + kStrip <= rows.width; d += kStrip, strip += n * kStrip) rows.read(i, d, kStrip, strip);
+    for (; d + kStrip <= rows.width; d += kStrip, strip += elements(n) * kStrip) read_rows(rows, i, n, d, kStrip, strip);
     if (d < rows.width) {
       memset(strip, 0, kStrip * sizeof(float));
-      rows.read(i, d, rows.width - d, strip);
+      read_rows(rows, i, n, d, rows.width - d, strip);
     }
   }
+}
+
+// Columns [0, columns) of one row of a matrix, zero-padded.
+inline void read_row(const float *w, int64_t column, int64_t columns, float *to) {
+  if (column == 1) {
+    memcpy(to, w, columns * sizeof(float));
+  } else {
+    for (int64_t j = 0; j < columns; ++j) to[j] = w[j * column];
+  }
+  memset(to + columns, 0, (kStrip - columns) * sizeof(float));
 }
 
 void pack(const float *w, int64_t row, int64_t column, int64_t cin, int64_t cout, int64_t s, float *packed) {
   const int64_t first = s * kStrip, columns = min64(cout - first, kStrip);
   w += first * column;
-  for (int64_t i = 0; i < cin; ++i, w += row, packed += kStrip) {
-    if (column == 1) {
-      memcpy(packed, w, columns * sizeof(float));
-    } else {
-      for (int64_t j = 0; j < columns; ++j) packed[j] = w[j * column];
-    }
-    memset(packed + columns, 0, (kStrip - columns) * sizeof(float));
+#if defined(PC3D_BF16)
+  float rows[2][kStrip];
+  for (int64_t i = 0; i < cin; i += 2, packed += kStrip) {
+    for (int64_t r = 0; r < 2; ++r) read_row(w + (i + r) * row, column, i + r < cin ? columns : 0, rows[r]);
+    for (int64_t j = 0; j < kStrip; j += kWidth)
+      store(packed + j, reinterpret_cast<Vec>(narrow(load(rows[0] + j)) << 16 | narrow(load(rows[1] + j))));
   }
+#else
+  for (int64_t i = 0; i < cin; ++i, w += row, packed += kStrip) read_row(w, column, columns, packed);
+#endif
 }
 
 // Rows [row_first, row_last) and columns [first, last) of y, and their sums: in y itself, or beside it where y is bfloat16.
@@ -316,20 +407,20 @@ void tile(const ConvProduct &p, int64_t first, int64_t last, int64_t strip_first
   while (now.next()) {
     const bool more = ahead.next();
     const Strip<false> full(now.rows, kStrip), rest(now.rows, p.cout - (strips - 1) * kStrip);
-    for (int64_t d = 0; d < p.cin; d += kDepth) {
-      const int64_t depth = min64(p.cin - d, kDepth);
-      gather_panel({p.x, p.cin, d, depth, p.gather + now.begin}, now.rows, panel);
+    for (int64_t d = 0; d < p.cin; d += kPair * kDepth) {
+      const int64_t channels = min64(p.cin - d, kPair * kDepth);
+      gather_panel({p.x, p.cin, d, channels, p.gather + now.begin}, now.rows, panel);
       // The first rows of the next panel travel while this one is multiplied.
-      const bool same = d + kDepth < p.cin;
+      const bool same = d + kPair * kDepth < p.cin;
       if (same || more) {
         const Panels &next = same ? now : ahead;
-        const int64_t from = same ? d + kDepth : 0;
-        const Rows rows{p.x, p.cin, from, min64(p.cin - from, kDepth), p.gather + next.begin};
+        const int64_t from = same ? d + kPair * kDepth : 0;
+        const Rows rows{p.x, p.cin, from, min64(p.cin - from, kPair * kDepth), p.gather + next.begin};
         for (int64_t i = 0; i < min64(next.rows, kAhead); ++i) rows.prefetch(i);
       }
       for (int64_t s = strip_first; s < strip_last; ++s) {
-        const float *weights = p.weights + ((now.kernel * strips + s) * p.cin + d) * kStrip;
-        (s + 1 < strips ? full : rest).run(panel, weights, depth, target.sums + s * kStrip, p.scatter + now.begin, target.stride);
+        const float *weights = p.weights + ((now.kernel * strips + s) * elements(p.cin) + d / kPair) * kStrip;
+        (s + 1 < strips ? full : rest).run(panel, weights, elements(channels), target.sums + s * kStrip, p.scatter + now.begin, target.stride);
       }
     }
   }
@@ -340,16 +431,16 @@ void weight_grad(const WeightGradPart &p, int64_t first, int64_t last) {
   memset(p.out + first * p.cout, 0, (last - first) * p.cout * sizeof(float));
   alignas(64) float panel[kGradPairs * kDepth];
   alignas(64) float strips[kGradPairs * kGradColumns];
-  const Split chunks(p.pairs, kGradPairs);
+  const Split chunks(p.pairs, kPair * kGradPairs);
   for (int64_t i = 0, begin = 0; i < chunks.parts; begin += chunks.size(i++)) {
     const int64_t n = chunks.size(i);
-    gather_panel({p.x, p.cin, first, last - first, p.in_rows + begin}, n, panel);
+    gather_rows({p.x, p.cin, first, last - first, p.in_rows + begin}, n, panel);
     for (int64_t group = 0; group < p.cout; group += kGradColumns) {
       const int64_t width = min64(p.cout - group, kGradColumns);
       gather_strips({p.g, p.cout, group, width, p.out_rows + begin}, n, strips);
       for (int64_t d = 0; d < width; d += kStrip) {
         const Strip<true> strip(last - first, min64(width - d, kStrip));
-        strip.run(panel, strips + d * n, n, p.out + first * p.cout + group + d, kConsecutive, p.cout);
+        strip.run(panel, strips + d * elements(n), elements(n), p.out + first * p.cout + group + d, kConsecutive, p.cout);
       }
     }
   }

@@ -7,6 +7,9 @@
 
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 #include "scan_kernels.h"
 
@@ -142,12 +145,6 @@ void forward_tiles(const Scan &scan, const ScanTile *tiles, int64_t count, float
       }
     }
   }
-}
-
-inline float total(Vec v) {
-  float sum = 0;
-  for (int64_t i = 0; i < kWidth; ++i) sum += v[i];
-  return sum;
 }
 
 inline int64_t backward_space(int64_t state) {

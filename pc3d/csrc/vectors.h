@@ -21,20 +21,56 @@ inline Vec held(Vec v) {
   return v;
 }
 
-// As the instruction has it: b where one of them is NaN.
+// As the instructions have it: b where one of them is NaN.
 inline Vec larger(Vec a, Vec b) {
-#if PC3D_WIDTH == 8 && defined(__AVX__)
-  return __builtin_ia32_maxps256(a, b);
+#if PC3D_WIDTH == 16 && defined(__AVX512F__)
+  return _mm512_maskz_max_ps(0xFFFF, a, b);
+#elif PC3D_WIDTH == 8 && defined(__AVX__)
+  return _mm256_max_ps(a, b);
 #else
   return a > b ? a : b;
 #endif
 }
+inline Vec smaller(Vec a, Vec b) {
+#if PC3D_WIDTH == 16 && defined(__AVX512F__)
+  return _mm512_maskz_min_ps(0xFFFF, a, b);
+#elif PC3D_WIDTH == 8 && defined(__AVX__)
+  return _mm256_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// Sum and maximum of the lanes: halves onto each other, quarters onto each other, then lane by lane.
+typedef float Half __attribute__((vector_size(kWidth / 2 * sizeof(float))));
+typedef float Quarter __attribute__((vector_size(kWidth / 4 * sizeof(float))));
+
+inline float total(Vec v) {
+  Half half[2];
+  memcpy(half, &v, sizeof v);
+  half[0] += half[1];
+  Quarter quarter[2];
+  memcpy(quarter, half, sizeof half[0]);
+  quarter[0] += quarter[1];
+  float sum = quarter[0][0];
+  for (int64_t i = 1; i < kWidth / 4; ++i) sum += quarter[0][i];
+  return sum;
+}
+inline float largest(Vec v) {
+  Half half[2];
+  memcpy(half, &v, sizeof v);
+  half[0] = half[0] > half[1] ? half[0] : half[1];
+  Quarter quarter[2];
+  memcpy(quarter, half, sizeof half[0]);
+  quarter[0] = quarter[0] > quarter[1] ? quarter[0] : quarter[1];
+  float best = quarter[0][0];
+  for (int64_t i = 1; i < kWidth / 4; ++i) best = quarter[0][i] > best ? quarter[0][i] : best;
+  return best;
+}
 
 // Powers of two beside a polynomial (Cephes); 2 ulp. Saturates at 2^-126 and 2^127.5, NaN stays.
 inline Vec exponential(Vec x) {
-  const Vec low = splat(-87.33654f), high = splat(88.37626f);
-  x = x < low ? low : x;
-  x = x > high ? high : x;
+  x = smaller(splat(88.37626f), larger(splat(-87.33654f), x));
   const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
   const Vec t = x * 1.44269504f + shift;
   const Vec k = t - shift;
