@@ -23,6 +23,7 @@ class Buffer {
   const T &operator[](int64_t i) const { return data_[i]; }
   T *begin() { return data(); }
   T *end() { return data() + size_; }
+  void shrink(int64_t size) { size_ = size; }  // keeps the memory
   T *release() { return data_.release(); }
 
  private:

@@ -44,6 +44,7 @@ void sort_nearest(float *distances, int32_t *rows, int64_t n, int64_t k) {
 namespace {
 
 constexpr int64_t kQueryBlock = 256;       // queries of one task
+constexpr int64_t kNormalBlock = 1024;     // points of one task
 constexpr int64_t kLeastCapacity = 2048;   // candidates that queries share
 constexpr int kMostAxisBits = 14;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -178,13 +179,13 @@ const SearchSpace &search_space(int64_t k) {
   return space;
 }
 
-void knn(Array<const float, 2> query, Array<const int64_t, 1> query_offsets, Array<const float, 2> coord,
-         Array<const int64_t, 1> offsets, float limit, Array<int64_t, 2> rows, Array<float, 2> distances, const std::string &isa) {
-  const NeighbourKernels &kernels = find_kernels(isa);
-  const int64_t k = rows.shape(1), clouds = static_cast<int64_t>(offsets.shape(0)) - 1;
-  if (query.shape(1) != 3 || coord.shape(1) != 3 || query_offsets.shape(0) != offsets.shape(0) || k < 1 ||
-      rows.shape(0) != query.shape(0) || distances.shape(0) != query.shape(0) || distances.shape(1) != rows.shape(1))
-    throw std::invalid_argument("queries, points and results do not fit each other");
+// Results as in Queries, with those of all clouds one after the other.
+void search_clouds(const NeighbourKernels &kernels, const Array<const float, 2> &query, const Array<const int64_t, 1> &query_offsets,
+                   const Array<const float, 2> &coord, const Array<const int64_t, 1> &offsets, int64_t k, float limit, int64_t *rows,
+                   float *distances, int32_t *short_rows) {
+  const int64_t clouds = static_cast<int64_t>(offsets.shape(0)) - 1;
+  if (query.shape(1) != 3 || coord.shape(1) != 3 || query_offsets.shape(0) != offsets.shape(0) || k < 1)
+    throw std::invalid_argument("queries and points do not fit each other");
   check_offsets(query_offsets, query.shape(0));
   check_offsets(offsets, coord.shape(0));
   const bool alike = query.data() == coord.data() && std::equal(offsets.data(), offsets.data() + clouds + 1, query_offsets.data());
@@ -201,13 +202,46 @@ void knn(Array<const float, 2> query, Array<const int64_t, 1> query_offsets, Arr
     trees.push_back(std::make_unique<Tree>(coord.data() + 3 * first, offsets.data()[cloud + 1] - first));
     orders.push_back(alike ? Buffer<int32_t>() : curve_order(query.data() + 3 * own, count));
     const int32_t *order = alike ? trees.back()->order.data() : orders.back().data();
-    queries.push_back({query.data() + 3 * own, order, k, first, limit, rows.data() + own * k, distances.data() + own * k});
+    queries.push_back({query.data() + 3 * own, order, k, first, limit, rows ? rows + own * k : nullptr, rows ? distances + own * k : nullptr,
+                       rows ? nullptr : short_rows + own * k});
     for (int64_t begin = 0; begin < count; begin += kQueryBlock) tasks.push_back({cloud, begin, std::min(begin + kQueryBlock, count)});
   }
   parallel_tasks(static_cast<int64_t>(tasks.size()), [&](int64_t i) {
     const Task &task = tasks[i];
     kernels.nearest(trees[task.cloud]->view(), queries[task.cloud], task.begin, task.end, search_space(k));
   });
+}
+
+void knn(Array<const float, 2> query, Array<const int64_t, 1> query_offsets, Array<const float, 2> coord,
+         Array<const int64_t, 1> offsets, float limit, Array<int64_t, 2> rows, Array<float, 2> distances, const std::string &isa) {
+  if (rows.shape(0) != query.shape(0) || distances.shape(0) != query.shape(0) || distances.shape(1) != rows.shape(1))
+    throw std::invalid_argument("queries and results do not fit each other");
+  search_clouds(find_kernels(isa), query, query_offsets, coord, offsets, rows.shape(1), limit, rows.data(), distances.data(), nullptr);
+}
+
+void near_rows(Array<const float, 2> coord, Array<const int64_t, 1> offsets, Array<int32_t, 2> rows) {
+  if (rows.shape(0) != coord.shape(0) || rows.shape(0) > kNobody) throw std::invalid_argument("points and results do not fit each other");
+  search_clouds(find_kernels(""), coord, offsets, coord, offsets, rows.shape(1), kInfinity, nullptr, nullptr, rows.data());
+}
+
+void normals(Array<const float, 2> coord, Array<const int64_t, 1> offsets, Array<const int32_t, 2> neighbours,
+             Array<const float, 2> centers, Array<float, 2> out, const std::string &isa) {
+  const NeighbourKernels &kernels = find_kernels(isa);
+  const int64_t rows = coord.shape(0), k = neighbours.shape(1);
+  check_offsets(offsets, rows);
+  if (coord.shape(1) != 3 || out.shape(1) != 3 || static_cast<int64_t>(neighbours.shape(0)) != rows || static_cast<int64_t>(out.shape(0)) != rows ||
+      centers.shape(0) + 1 != offsets.shape(0) || centers.shape(1) != 3)
+    throw std::invalid_argument("points, neighbours, centres and results do not fit each other");
+  for (int64_t i = 0; i < rows * k; ++i)
+    if (neighbours.data()[i] >= rows) throw std::invalid_argument("a neighbour is a point that does not exist");
+  nb::gil_scoped_release release;
+  for (int64_t cloud = 0; cloud < static_cast<int64_t>(centers.shape(0)); ++cloud) {
+    const int64_t first = offsets.data()[cloud], last = offsets.data()[cloud + 1];
+    parallel_tasks((last - first + kNormalBlock - 1) / kNormalBlock, [&](int64_t task) {
+      const int64_t begin = first + task * kNormalBlock;
+      kernels.normals(coord.data(), neighbours.data(), k, centers.data() + 3 * cloud, begin, std::min(begin + kNormalBlock, last), out.data());
+    });
+  }
 }
 
 void sample_cloud(const NeighbourKernels &kernels, const float *coord, int64_t points, int64_t count, int64_t start, int64_t *out) {
@@ -264,6 +298,10 @@ void register_neighbours(nb::module_ &m) {
   m.def("knn", &knn, nb::arg("query"), nb::arg("query_offsets"), nb::arg("coord"), nb::arg("offsets"), nb::arg("limit"),
         nb::arg("rows"), nb::arg("distances"), nb::arg("isa") = "",
         "Rows of the k nearest points of the same cloud, ascending by squared distance (at most `limit`); -1 where there are fewer.");
+  m.def("near_rows", &near_rows, nb::arg("coord"), nb::arg("offsets"), nb::arg("rows"),
+        "Rows of the points nearest to each point, itself among them, as knn finds them.");
+  m.def("normals", &normals, nb::arg("coord"), nb::arg("offsets"), nb::arg("neighbours"), nb::arg("centers"), nb::arg("out"),
+        nb::arg("isa") = "", "Unit normals: direction of least spread of the neighbours of each row (-1 ends them), towards its cloud's centre.");
   m.def("farthest_points", &farthest_points, nb::arg("coord"), nb::arg("offsets"), nb::arg("sampled"), nb::arg("starts"),
         nb::arg("out"), nb::arg("isa") = "", "Farthest point sampling of every cloud: rows sampled[c]:sampled[c + 1] of `out`.");
 }

@@ -34,6 +34,7 @@ struct Queries {
   float limit;           // squared
   int64_t *rows;         // (queries, k)
   float *distances;
+  int32_t *short_rows;   // in place of both, or null
 };
 
 // Memory of one thread: `capacity` candidates, and kFan more.
@@ -60,6 +61,8 @@ struct NeighbourKernels {
   void (*nearest)(const PointTree &tree, const Queries &queries, int64_t begin, int64_t end, const SearchSpace &space);
   // `count` rows, each the farthest from those before it.
   void (*farthest)(const PointTree &tree, const float *coord, int64_t count, int64_t start, const SampleState &state, int64_t *out);
+  // Of points [begin, end): the direction in which their k neighbours spread least, -1 after the last, towards one `center`.
+  void (*normals)(const float *coord, const int32_t *neighbours, int64_t k, const float *center, int64_t begin, int64_t end, float *out);
 };
 
 const NeighbourKernels *neighbour_kernels_generic();

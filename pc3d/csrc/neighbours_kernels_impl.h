@@ -1,4 +1,4 @@
-// Nearest neighbours and farthest points, written once with vector extensions. A file that includes this defines PC3D_ISA (a
+// Nearest neighbours, farthest points and normals, written once with vector extensions. A file that includes this defines PC3D_ISA (a
 // namespace name) and PC3D_WIDTH first. Only headers without inline functions are included: the linker could otherwise keep a
 // copy compiled for a CPU we are not on. Nothing may be compiled to fused multiply-adds: distances are defined to the bit.
 #pragma once
@@ -201,23 +201,42 @@ inline void count_nearer(const float *d, const int32_t *rows, int64_t n, int32_t
 
 // The result of one query.
 struct Found {
-  int64_t k, first;
-  float *distances;
-  int64_t *rows;
-  void put(int64_t at, float d, int32_t row) const { distances[at] = d, rows[at] = first + row; }
+  const Queries &queries;
+  int64_t k, start;
+  Found(const Queries &queries, int64_t query) : queries(queries), k(queries.k), start(query * queries.k) {}
+  void put(int64_t at, float d, int32_t row) const {
+    if (queries.short_rows)
+      queries.short_rows[start + at] = static_cast<int32_t>(queries.first) + row;
+    else
+      queries.distances[start + at] = d, queries.rows[start + at] = queries.first + row;
+  }
   void nobody_from(int64_t at) const {
-    for (; at < k; ++at) distances[at] = INFINITY, rows[at] = -1;
+    for (; at < k; ++at) {
+      if (queries.short_rows)
+        queries.short_rows[start + at] = -1;
+      else
+        queries.distances[start + at] = INFINITY, queries.rows[start + at] = -1;
+    }
+  }
+  void prefetch() const {
+    for (int64_t i = start; i < start + k; i += 16) {  // half of them, or all, fill a cache line
+      if (queries.short_rows)
+        __builtin_prefetch(queries.short_rows + i, 1);
+      else
+        __builtin_prefetch(queries.distances + i, 1), __builtin_prefetch(queries.rows + i, 1), __builtin_prefetch(queries.rows + i + 8, 1);
+    }
   }
 };
 
-// The nearest of n candidates, at most k.
-inline void put_in_order(const SearchSpace &space, int64_t n, const Found &found) {
+// The nearest of n candidates, at most k. Like `search`, it returns the distance of the k-th, or infinity.
+inline float put_in_order(const SearchSpace &space, int64_t n, const Found &found) {
   const int64_t kept = smaller(n, found.k);
   if (n > kMostRanked) {
     for (int64_t i = 0; i < n; ++i) space.places[i] = space.rows[space.places[i]];
     sort_nearest(space.distances, space.places, n, kept);
     for (int64_t i = 0; i < kept; ++i) found.put(i, space.distances[i], space.places[i]);
-    return;
+    found.nobody_from(kept);
+    return kept == found.k ? space.distances[kept - 1] : INFINITY;
   }
   constexpr int64_t most = kMostRanked + 4 * kWidth;
   int32_t rank[most], rows[most], owner[most];
@@ -235,6 +254,8 @@ inline void put_in_order(const SearchSpace &space, int64_t n, const Found &found
     place();
   }
   for (int64_t i = 0; i < kept; ++i) found.put(i, space.distances[owner[i]], space.rows[space.places[owner[i]]]);
+  found.nobody_from(kept);
+  return kept == found.k ? space.distances[owner[kept - 1]] : INFINITY;
 }
 
 // The k nearest so far, ascending by distance, then row.
@@ -253,7 +274,7 @@ struct Nearest {
 };
 
 // One query, nearest nodes first.
-void search(const PointTree &tree, const float *p, float limit, const SearchSpace &space, const Found &found) {
+float search(const PointTree &tree, const float *p, float limit, const SearchSpace &space, const Found &found) {
   Nearest nearest{found.k, space.found_distances, space.found_rows};
   for (int64_t i = 0; i < found.k; ++i) nearest.distance[i] = INFINITY, nearest.row[i] = kNobody;
   const WideBox box{Box(p)};
@@ -303,6 +324,7 @@ void search(const PointTree &tree, const float *p, float limit, const SearchSpac
   int64_t count = 0;
   for (; count < found.k && nearest.row[count] != kNobody; ++count) found.put(count, nearest.distance[count], nearest.row[count]);
   found.nobody_from(count);
+  return count == found.k ? nearest.distance[count - 1] : INFINITY;
 }
 
 // Consecutive queries share their candidates: all points near the box of these queries, as near as the k-th neighbour of the
@@ -328,22 +350,16 @@ void nearest(const PointTree &tree, const Queries &queries, int64_t begin, int64
     if (count < 0) last = j + 1;
     for (; j < last; ++j) {
       const float *p = point(j);
-      const int64_t own = queries.order[j];
-      const Found found{k, queries.first, queries.distances + own * k, queries.rows + own * k};
       int64_t n = -1;
       if (count >= 0) {
         const float near = smaller(kNear * radius, wide);
         n = candidates_within(space, count, p, near);
         if (n < k && near < wide) n = candidates_within(space, count, p, wide);
       }
-      if (j + 1 < last) {
-        const int64_t next = queries.order[j + 1] * k;
-        for (int64_t i = 0; i < k; i += 8) __builtin_prefetch(queries.rows + next + i, 1);
-        for (int64_t i = 0; i < k; i += 16) __builtin_prefetch(queries.distances + next + i, 1);
-      }
+      if (j + 1 < last) Found(queries, queries.order[j + 1]).prefetch();
+      const Found found(queries, queries.order[j]);
       if (n >= k || (count >= 0 && wide == limit)) {
-        put_in_order(space, n, found);
-        found.nobody_from(smaller(n, k));
+        radius = smaller(put_in_order(space, n, found), limit);
       } else {  // the neighbours of the query before are within its radius and the way from it
         double reach = INFINITY;
         if (before) {
@@ -351,11 +367,10 @@ void nearest(const PointTree &tree, const Queries &queries, int64_t begin, int64
           reach = sqrt(static_cast<double>(radius)) + sqrt(x * x + y * y + z * z);
         }
         const float bound = static_cast<float>(reach * reach * 1.0001) + 1e-37f;  // rounding included
-        search(tree, p, smaller(limit, bound), space, found);
-        last = j + 1;
+        radius = smaller(search(tree, p, smaller(limit, bound), space, found), limit);
+        last = j + 1;  // the others are likely to need more candidates too
       }
-      before = point(j);
-      radius = smaller(found.distances[k - 1], limit);
+      before = p;
     }
   }
 }
@@ -401,6 +416,114 @@ void farthest(const PointTree &tree, const float *coord, int64_t count, int64_t 
     out[i] = chosen;
     shrink(tree, WideBox(Box(coord + 3 * static_cast<int64_t>(chosen))), state, tree.levels - 1, 0);
     take_largest(state.largest[tree.levels - 1], state.row[tree.levels - 1], &largest, &chosen);
+  }
+}
+
+constexpr int64_t kLanes = kWidth / 2;  // points whose normals are found together
+
+typedef double Real __attribute__((vector_size(kLanes * sizeof(double))));
+typedef int64_t Choice __attribute__((vector_size(kLanes * sizeof(double))));
+typedef float Half __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
+
+inline Real widened(const float *p) { return __builtin_convertvector(*reinterpret_cast<const Half *>(p), Real); }
+
+inline Real root(Real v) {
+  for (int64_t lane = 0; lane < kLanes; ++lane) v[lane] = sqrt(v[lane]);
+  return v;
+}
+
+// Across the longest of the rows of (3, 3) m: across the line that all of them lie on; z where they are zero.
+void across_line(const double m[3][3], double *v) {
+  const double *along = m[0];
+  double longest = -1;
+  for (int row = 0; row < 3; ++row) {
+    const double size = m[row][0] * m[row][0] + m[row][1] * m[row][1] + m[row][2] * m[row][2];
+    if (size > longest) longest = size, along = m[row];
+  }
+  const int axis = fabs(along[0]) <= fabs(along[1]) ? (fabs(along[0]) <= fabs(along[2]) ? 0 : 2)
+                                                    : (fabs(along[1]) <= fabs(along[2]) ? 1 : 2);
+  const int b = (axis + 1) % 3, c = (axis + 2) % 3;
+  const double size = sqrt(along[b] * along[b] + along[c] * along[c]);
+  v[0] = v[1] = 0, v[2] = 1;
+  if (longest > 0) v[axis] = 0, v[b] = -along[c] / size, v[c] = along[b] / size;
+}
+
+// Unit eigenvectors of the smallest eigenvalues of symmetric matrices [xx xy xz yy yz zz].
+//
+// Without its mean, a matrix has the eigenvalues p t of t^3 - 3 t = det / p^3; the smallest t is -1 - s, where s in [0, 1] is
+// the root of s^3 + 3 s^2 = 2 - det / p^3. Newton's method, from nearby, has all digits after three steps. The eigenvector is
+// across two rows of the matrix less its eigenvalue: of those that are the least parallel.
+void smallest_eigenvectors(const Real *m, Real *v) {
+  const Real mean = (m[0] + m[3] + m[5]) / 3.0, xx = m[0] - mean, yy = m[3] - mean, zz = m[5] - mean;
+  const Real square = (xx * xx + yy * yy + zz * zz + 2.0 * (m[1] * m[1] + m[2] * m[2] + m[4] * m[4])) / 6.0, p = root(square);
+  const Real det = xx * (yy * zz - m[4] * m[4]) - m[1] * (m[1] * zz - m[4] * m[2]) + m[2] * (m[1] * m[4] - yy * m[2]);
+  Real right = 2.0 - det / (p * square);
+  right = right > 0.0 ? right : Real{};  // NaN, too
+  right = right < 4.0 ? right : Real{} + 4.0;
+  Real s = root(right / (3.0 + 0.5 * root(right)));
+  for (int step = 0; step < 3; ++step) s -= (s * s * (s + 3.0) - right) / (3.0 * s * (s + 2.0) + 1e-300);
+  const Real lowest = -p * (1.0 + s);
+  const Real rows[3][3] = {{xx - lowest, m[1], m[2]}, {m[1], yy - lowest, m[4]}, {m[2], m[4], zz - lowest}};
+  Real best = {};
+  for (int axis = 0; axis < 3; ++axis) v[axis] = Real{};
+  for (int row = 0; row < 3; ++row) {
+    const Real *a = rows[row], *b = rows[(row + 1) % 3];
+    const Real x = a[1] * b[2] - a[2] * b[1], y = a[2] * b[0] - a[0] * b[2], z = a[0] * b[1] - a[1] * b[0];
+    const Real size = x * x + y * y + z * z;
+    const Choice more = size > best;
+    best = more ? size : best, v[0] = more ? x : v[0], v[1] = more ? y : v[1], v[2] = more ? z : v[2];
+  }
+  const Choice parallel = !(best > 1e-20 * square * square);
+  const Real length = root(best);
+  for (int axis = 0; axis < 3; ++axis) v[axis] /= length;
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    if (!parallel[lane]) continue;
+    double alone[3][3], found[3];
+    for (int i = 0; i < 9; ++i) alone[i / 3][i % 3] = rows[i / 3][i % 3][lane];
+    across_line(alone, found);
+    for (int axis = 0; axis < 3; ++axis) v[axis][lane] = found[axis];
+  }
+}
+
+void normals(const float *coord, const int32_t *neighbours, int64_t k, const float *center, int64_t begin, int64_t end, float *out) {
+  constexpr int64_t kSome = 16;  // neighbours fetched together
+  float near[kSome][3][kLanes], own[3][kLanes];
+  for (int64_t i = begin; i < end; i += kLanes) {
+    int64_t counts[kLanes], most = 0;
+    Real count;
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const int64_t point = smaller(i + lane, end - 1);
+      const int32_t *found = neighbours + point * k;
+      for (counts[lane] = 0; counts[lane] < k && found[counts[lane]] >= 0;) ++counts[lane];
+      count[lane] = static_cast<double>(counts[lane] ? counts[lane] : 1);
+      most = counts[lane] > most ? counts[lane] : most;
+      for (int axis = 0; axis < 3; ++axis) own[axis][lane] = coord[3 * point + axis];
+    }
+    const Real here[3] = {widened(own[0]), widened(own[1]), widened(own[2])};
+    Real sum[3] = {}, m[6] = {}, v[3];
+    for (int64_t first = 0; first < most; first += kSome) {
+      const int64_t some = smaller(kSome, most - first);
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const int64_t point = smaller(i + lane, end - 1);
+        for (int64_t j = 0; j < some; ++j) {  // a point itself adds nothing
+          const float *q = coord + 3 * (first + j < counts[lane] ? neighbours[point * k + first + j] : point);
+          near[j][0][lane] = q[0], near[j][1][lane] = q[1], near[j][2][lane] = q[2];
+        }
+      }
+      for (int64_t j = 0; j < some; ++j) {
+        const Real x = widened(near[j][0]) - here[0], y = widened(near[j][1]) - here[1], z = widened(near[j][2]) - here[2];
+        sum[0] += x, sum[1] += y, sum[2] += z;
+        m[0] += x * x, m[1] += x * y, m[2] += x * z, m[3] += y * y, m[4] += y * z, m[5] += z * z;
+      }
+    }
+    for (int a = 0, at = 0; a < 3; ++a)
+      for (int b = a; b < 3; ++b, ++at) m[at] -= sum[a] * sum[b] / count;
+    smallest_eigenvectors(m, v);
+    Real toward = {};
+    for (int axis = 0; axis < 3; ++axis) toward += v[axis] * (static_cast<double>(center[axis]) - here[axis]);
+    for (int64_t lane = 0; lane < smaller(kLanes, end - i); ++lane)
+      for (int axis = 0; axis < 3; ++axis)
+        out[3 * (i + lane) + axis] = static_cast<float>(toward[lane] < 0 ? -v[axis][lane] : v[axis][lane]);
   }
 }
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pc3d.ops.backend import cpu_kernels
-from pc3d.ops.neighbours import knn
+from pc3d.ops.neighbours import nearest_rows
 from pc3d.ops.segment import segment_max, segment_mean
 
 
@@ -28,27 +28,26 @@ def estimate_normals(coord: Tensor, offsets: Tensor, neighbours: int | Tensor = 
         coord: ``(N, 3)`` float32; ``offsets (S + 1,)`` int64 their clouds.
         neighbours: how many nearest points, the point itself among them; or their rows ``(N, K)`` int64, -1 for none.
     """
-    rows = knn(coord, offsets, coord, offsets, neighbours)[0] if isinstance(neighbours, int) else neighbours
-    center = _centers(coord, offsets)
+    rows = nearest_rows(coord, offsets, neighbours) if isinstance(neighbours, int) else neighbours
+    centers = _centers(coord, offsets)
     kernels = cpu_kernels(coord, rows)
     if kernels is not None:
         out = torch.empty_like(coord, memory_format=torch.contiguous_format)
-        kernels.graph_normals(coord.detach().contiguous(), rows.contiguous(), center, out)
+        kernels.normals(coord.detach().contiguous(), offsets.contiguous(), rows.int().contiguous(), centers, out)
         return out
     near = (rows >= 0).double()[..., None]
-    around = (coord.double()[rows.clamp(min=0)] - coord.double()[:, None]) * near
+    around = (coord.double()[rows.clamp(min=0).long()] - coord.double()[:, None]) * near
     around = (around - around.sum(1, keepdim=True) / near.sum(1, keepdim=True)) * near
     normal = torch.linalg.eigh(around.transpose(1, 2) @ around)[1][..., 0]
-    toward = (normal * (center.double() - coord.double())).sum(1, keepdim=True)
+    center = centers.double().repeat_interleave(offsets.diff().to(coord.device), 0, output_size=len(coord))
+    toward = (normal * (center - coord.double())).sum(1, keepdim=True)
     return torch.where(toward < 0, -normal, normal).float()
 
 
 def _centers(coord: Tensor, offsets: Tensor) -> Tensor:
-    """``(N, 3)`` mean of the cloud of each point, summed in float64 point by point."""
-    means = [coord[a:b].double().mean(0, keepdim=True) for a, b in itertools.pairwise(offsets.tolist())]
-    if not means:
-        return torch.empty_like(coord)
-    return torch.cat(means).float().repeat_interleave(offsets.diff().to(coord.device), 0, output_size=len(coord))
+    """``(S, 3)`` mean of each cloud, summed in float64."""
+    means = [coord[a:b].mean(0, dtype=torch.float64) for a, b in itertools.pairwise(offsets.tolist())]
+    return torch.stack(means).float() if means else coord.new_empty(0, 3)
 
 
 def neighbour_edges(neighbours: Tensor, k: int) -> Tensor:
@@ -58,9 +57,14 @@ def neighbour_edges(neighbours: Tensor, k: int) -> Tensor:
         neighbours: ``(N, K)`` int64 rows of the nearest points, nearest first, -1 for none; a row itself is skipped.
         k: neighbours that count.
     """
+    return _neighbour_edges(neighbours, k).long()
+
+
+def _neighbour_edges(neighbours: Tensor, k: int) -> Tensor:
     kernels = cpu_kernels(neighbours)
     if kernels is not None:
-        return kernels.graph_edges(neighbours.contiguous(), k)
+        return kernels.graph_edges(neighbours.int().contiguous(), k)
+    neighbours = neighbours.long()
     own = torch.arange(len(neighbours), device=neighbours.device)[:, None]
     other = (neighbours >= 0) & (neighbours != own)
     other &= other.cumsum(1) <= k
@@ -80,9 +84,9 @@ def edge_weights(coord: Tensor, normal: Tensor, edges: Tensor) -> Tensor:
     kernels = cpu_kernels(coord, normal, edges)
     if kernels is not None:
         out = coord.new_empty(len(edges))
-        kernels.graph_weights(*(t.detach().contiguous() for t in (coord, normal, edges)), out)
+        kernels.graph_weights(*(t.detach().contiguous() for t in (coord, normal, edges.int())), out)
         return out
-    i, j = edges.unbind(1)
+    i, j = edges.long().unbind(1)
     weight = 1 - _dot(normal[i], normal[j])
     convex = _dot(normal[j], coord[j] - coord[i]) > 0
     return torch.where(convex, weight * weight, weight).clamp(min=0)
@@ -115,18 +119,28 @@ def merge_graph(edges: Tensor, weights: Tensor, num_points: int, k: float = 0.05
     """
     if edges.ndim != 2 or edges.shape[1] != 2 or weights.shape != edges.shape[:1]:
         raise ValueError(f"edges must be (M, 2) and weights (M,), got {tuple(edges.shape)} and {tuple(weights.shape)}")
+    _check_edges(edges, num_points)
+    place = torch.arange(num_points, device=edges.device)
+    return _merge(edges.detach(), weights.detach().float(), place, k, min_size)
+
+
+def _check_edges(edges: Tensor, num_points: int) -> None:
     if len(edges) and (int(edges.min()) < 0 or int(edges.max()) >= num_points):
         raise ValueError(f"an edge names a point outside 0..{num_points - 1}")
+
+
+def _merge(edges: Tensor, weights: Tensor, place: Tensor, k: float, min_size: int) -> Tensor:
+    """As :func:`merge_graph`, for points that the edges call ``place``."""
+    kernels = cpu_kernels()
+    if kernels is not None:
+        labels = torch.empty(len(place), dtype=torch.int64)
+        edges, place = (t.int().cpu().contiguous() for t in (edges, place))
+        kernels.graph_merge(edges, weights.cpu().contiguous(), k, min_size, labels, place)
+        return labels.to(weights.device)
     if bool(weights.isnan().any()):
         raise ValueError(f"{int(weights.isnan().sum())} edge weights are NaN")
-    device = edges.device
-    edges, weights = edges.detach().cpu().contiguous(), weights.detach().float().cpu().contiguous()
-    kernels = cpu_kernels(edges)
-    if kernels is not None:
-        labels = torch.empty(num_points, dtype=torch.int64)
-        kernels.graph_merge(edges, weights, k, min_size, labels)
-        return labels.to(device)
-    return _merge_reference(edges, weights, num_points, k, min_size).to(device)
+    labels = _merge_reference(edges.cpu(), weights.cpu(), len(place), k, min_size).to(weights.device)
+    return renumber(labels[place.long()])
 
 
 def _merge_reference(edges: Tensor, weights: Tensor, num_points: int, k: float, min_size: int) -> Tensor:
@@ -154,7 +168,7 @@ def _merge_reference(edges: Tensor, weights: Tensor, num_points: int, k: float, 
         a, b = root(i), root(j)
         if a != b and (size[a] < min_size or size[b] < min_size):
             join(a, b)
-    return renumber(torch.tensor([root(i) for i in range(num_points)], dtype=torch.int64))
+    return torch.tensor([root(i) for i in range(num_points)], dtype=torch.int64)
 
 
 def renumber(labels: Tensor) -> Tensor:
@@ -165,6 +179,74 @@ def renumber(labels: Tensor) -> Tensor:
     first = torch.full((len(values),), len(labels), dtype=torch.int64, device=labels.device)
     first.scatter_reduce_(0, inverse, torch.arange(len(labels), device=labels.device), "amin")
     return first.argsort().argsort()[inverse]
+
+
+@dataclass(frozen=True)
+class PointGraph:
+    """A weighted graph of packed points: built once, cut into segments with any parameters.
+
+    Attributes:
+        normal: ``(N, 3)`` float32 unit normals of the points.
+        edges: ``(M, 2)`` int32 or int64 ends, as numbers that do not depend on the order of the points.
+        weights: ``(M,)`` float32.
+        place: ``(N,)`` int32 or int64, the number of each point.
+    """
+
+    normal: Tensor
+    edges: Tensor
+    weights: Tensor
+    place: Tensor
+
+    @staticmethod
+    def of(
+        coord: Tensor,
+        offsets: Tensor,
+        normal: Tensor | None = None,
+        edges: Tensor | None = None,
+        neighbours: int = 10,
+        normal_neighbours: int = 16,
+        color: Tensor | None = None,
+        color_weight: float = 0.0,
+        probabilities: Tensor | None = None,
+        semantic_weight: float = 0.0,
+    ) -> PointGraph:
+        """The graph of :func:`graph_segments`, which explains the arguments; neighbours are searched once.
+
+        Raises:
+            ValueError: if coordinates are not finite, an edge is wrong, or a weight asks for a missing attribute.
+        """
+        if (color_weight and color is None) or (semantic_weight and probabilities is None):
+            raise ValueError("color_weight needs colours and semantic_weight probabilities")
+        order = _canonical_order(coord, offsets)
+        place = torch.empty_like(order, dtype=torch.int32)
+        place[order] = torch.arange(len(order), device=order.device, dtype=torch.int32)
+        coord = coord.detach()[order].contiguous()
+        reach = max(neighbours + 1 if edges is None else 0, normal_neighbours if normal is None else 0)
+        found = nearest_rows(coord, offsets, reach) if reach else None
+        if found is not None and normal is None:
+            ordered = estimate_normals(coord, offsets, found[:, :normal_neighbours])
+            normal = ordered[place.long()]
+        else:
+            assert normal is not None
+            normal = normal.float()
+            ordered = normal[order]
+        if found is not None and edges is None:
+            edges = _neighbour_edges(found[:, : neighbours + 1], neighbours)
+        else:
+            assert edges is not None
+            edges = _distinct_edges(edges, place)
+        weights = edge_weights(coord, ordered, edges)
+        if color is not None and color_weight:
+            shade, (i, j) = color.float()[order] / 255, edges.long().unbind(1)
+            weights = weights + color_weight * (shade[i] - shade[j]).square().sum(1)
+        if probabilities is not None and semantic_weight:
+            share, (i, j) = probabilities.float()[order], edges.long().unbind(1)
+            weights = weights + semantic_weight * (1 - (share[i] * share[j]).sum(1))
+        return PointGraph(normal, edges, weights, place)
+
+    def segments(self, k: float = 0.05, min_size: int = 20) -> Tensor:
+        """``(N,)`` int64 segment of each point, numbered by first occurrence; see :func:`merge_graph`."""
+        return _merge(self.edges, self.weights, self.place, k, min_size)
 
 
 def graph_segments(
@@ -201,35 +283,19 @@ def graph_segments(
     Raises:
         ValueError: if coordinates are not finite, an edge is wrong, or a weight asks for a missing attribute.
     """
-    if (color_weight and color is None) or (semantic_weight and probabilities is None):
-        raise ValueError("color_weight needs colours and semantic_weight probabilities")
-    order = _canonical_order(coord, offsets)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=order.device)
-    coord = coord.detach()[order].contiguous()
-    found = None
-    if edges is None or normal is None:
-        reach = max(neighbours + 1 if edges is None else 1, normal_neighbours if normal is None else 1)
-        found = knn(coord, offsets, coord, offsets, reach)[0]
-    if normal is None:
-        assert found is not None
-        normal = estimate_normals(coord, offsets, found[:, :normal_neighbours])
-    else:
-        normal = normal.float()[order]
-    if edges is None:
-        assert found is not None
-        edges = neighbour_edges(found[:, : neighbours + 1], neighbours)
-    else:
-        edges = _distinct_edges(edges, place)
-    weights = edge_weights(coord, normal, edges)
-    i, j = edges.unbind(1)
-    if color is not None and color_weight:
-        shade = color.float()[order] / 255
-        weights = weights + color_weight * (shade[i] - shade[j]).square().sum(1)
-    if probabilities is not None and semantic_weight:
-        share = probabilities.float()[order]
-        weights = weights + semantic_weight * (1 - (share[i] * share[j]).sum(1))
-    return renumber(merge_graph(edges, weights, len(coord), k, min_size)[place])
+    graph = PointGraph.of(
+        coord,
+        offsets,
+        normal,
+        edges,
+        neighbours,
+        normal_neighbours,
+        color,
+        color_weight,
+        probabilities,
+        semantic_weight,
+    )
+    return graph.segments(k, min_size)
 
 
 def _canonical_order(coord: Tensor, offsets: Tensor) -> Tensor:
@@ -247,17 +313,17 @@ def _canonical_order(coord: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _distinct_edges(edges: Tensor, place: Tensor) -> Tensor:
-    """``(M', 2)`` int64 edges ``i < j`` of ``place[edges]``, each once and sorted.
+    """``(M', 2)`` edges ``i < j`` of ``place[edges]``, each once and sorted.
 
     Raises:
         ValueError: if an edge names no point.
     """
     size = len(place)
-    if len(edges) and (int(edges.min()) < 0 or int(edges.max()) >= size):
-        raise ValueError(f"an edge names a point outside 0..{size - 1}")
+    _check_edges(edges, size)
     kernels = cpu_kernels(edges, place)
     if kernels is not None:
-        return kernels.graph_distinct_edges(edges.contiguous(), place.contiguous())
+        return kernels.graph_distinct_edges(edges.int().contiguous(), place.int().contiguous())
+    place = place.long()
     low, high = torch.minimum(*place[edges].unbind(1)), torch.maximum(*place[edges].unbind(1))
     keys = (low * max(size, 1) + high)[low != high].unique()
     return torch.stack([keys.div(max(size, 1), rounding_mode="floor"), keys % max(size, 1)], 1)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pc3d.ops.backend import cpu_kernels
 
+_MOST_POINTS = (1 << 31) - 1  # of a cloud: its rows are int32 numbers inside
 _REFERENCE_PAIRS = 1 << 24  # distances the reference holds at a time
 
 
@@ -32,13 +33,13 @@ def knn(
         Where a cloud has fewer points: -1 and infinity.
 
     Raises:
-        ValueError: if ``k`` is not positive, shapes do not fit, or a coordinate is not finite.
+        ValueError: if ``k`` is not positive, shapes do not fit, a coordinate is not finite, or a cloud has 2^31 points.
     """
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+    _check_k(k)
     if len(query_offsets) != len(offsets):
         raise ValueError(f"queries have {len(query_offsets) - 1} clouds, points {len(offsets) - 1}")
     query, coord = _plain("query", query), _plain("coord", coord)
+    _check_sizes(query_offsets, offsets)
     limit = radius * radius
     kernels = cpu_kernels(query, coord)
     if kernels is not None:
@@ -60,6 +61,23 @@ def knn(
     return rows, distances
 
 
+def nearest_rows(coord: Tensor, offsets: Tensor, k: int) -> Tensor:
+    """``(N, k)`` int32: the rows that :func:`knn` finds for the points themselves; a third of its memory.
+
+    Raises:
+        ValueError: as :func:`knn`; and if there are 2^31 points, in any number of clouds.
+    """
+    kernels = cpu_kernels(coord)
+    if len(coord) >= _MOST_POINTS:
+        raise ValueError(f"nearest_rows takes less than {_MOST_POINTS} points, got {len(coord)}")
+    if kernels is None:
+        return knn(coord, offsets, coord, offsets, k)[0].int()
+    _check_k(k)
+    coord, rows = _plain("coord", coord), torch.empty(len(coord), k, dtype=torch.int32)
+    kernels.near_rows(coord, offsets.contiguous(), rows)
+    return rows
+
+
 def farthest_points(coord: Tensor, offsets: Tensor, sampled: Tensor, starts: Tensor | None = None) -> Tensor:
     """Farthest point sampling: each point taken is the farthest from those taken before it, in its cloud.
 
@@ -72,9 +90,10 @@ def farthest_points(coord: Tensor, offsets: Tensor, sampled: Tensor, starts: Ten
         ``(sampled[-1],)`` int64 rows of ``coord`` in the order they were taken.
 
     Raises:
-        ValueError: if a cloud has fewer points than are asked for, or a coordinate is not finite.
+        ValueError: if a cloud has fewer points than are asked for, or 2^31, or a coordinate is not finite.
     """
     coord = _plain("coord", coord)
+    _check_sizes(offsets)
     counts, sizes = sampled.diff(), offsets.diff()
     if len(sampled) != len(offsets) or bool((counts > sizes).any()) or bool((counts < 0).any()):
         raise ValueError(f"cannot take {counts.tolist()[:8]} points of clouds of {sizes.tolist()[:8]}")
@@ -99,10 +118,22 @@ def farthest_points(coord: Tensor, offsets: Tensor, sampled: Tensor, starts: Ten
     return out
 
 
+def _check_k(k: int) -> None:
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+
+
+def _check_sizes(*offsets: Tensor) -> None:
+    most = max((int(each.diff().max()) for each in offsets if len(each) > 1), default=0)
+    if most >= _MOST_POINTS:
+        raise ValueError(f"a cloud must have less than {_MOST_POINTS} points, got {most}: cut it into tiles")
+
+
 def _plain(name: str, coord: Tensor) -> Tensor:
     if coord.ndim != 2 or coord.shape[1] != 3 or coord.dtype != torch.float32:
         raise ValueError(f"{name} must be (N, 3) float32, got {tuple(coord.shape)} {coord.dtype}")
-    if not bool(coord.isfinite().all()):
+    # A sum is finite only if all are, and faster than looking at each; it may overflow.
+    if not bool(coord.sum().isfinite()) and not bool(coord.isfinite().all()):
         raise ValueError(f"{name} has coordinates that are not finite")
     return coord.detach().contiguous()
 

@@ -9,7 +9,7 @@ import torch
 
 from pc3d.data.transforms.base import CloudTransform
 from pc3d.errors import InputError
-from pc3d.ops.graph import estimate_normals, graph_segments
+from pc3d.ops.graph import PointGraph
 from pc3d.points import Points
 
 
@@ -51,22 +51,18 @@ class GraphSegments(CloudTransform):
 
     def apply(self, cloud: Points, generator: torch.Generator | None) -> Points:
         color = cloud.get("color") if self.color_weight else None
+        graph = PointGraph.of(
+            cloud.coord,
+            cloud.offsets,
+            cloud.get("normal") if "normal" in cloud else None,
+            neighbours=self.neighbours,
+            normal_neighbours=self.normal_neighbours,
+            color=color,
+            color_weight=self.color_weight,
+        )
         if "normal" not in cloud:
-            normal = estimate_normals(cloud.coord, cloud.offsets, self.normal_neighbours)
-            cloud = cloud.with_attrs(normal=normal)
-        columns = [
-            graph_segments(
-                cloud.coord,
-                cloud.offsets,
-                cloud.get("normal"),
-                neighbours=self.neighbours,
-                k=k,
-                min_size=int(min_size),
-                color=color,
-                color_weight=self.color_weight,
-            )
-            for k, min_size in self.variants
-        ]
+            cloud = cloud.with_attrs(normal=graph.normal)
+        columns = [graph.segments(k, int(min_size)) for k, min_size in self.variants]
         return cloud.with_attrs(**{self.output: columns[0] if len(columns) == 1 else torch.stack(columns, 1)})
 
 
