@@ -45,6 +45,40 @@ const Edge *as_edges(const Array<const int32_t, 2> &edges, int64_t rows) {
   return reinterpret_cast<const Edge *>(edges.data());
 }
 
+// Sorts n numbers and drops those that come again; the number left. `out` has room for kFew.
+constexpr int64_t kFew = 32;
+int64_t sort_few(const int32_t *values, int64_t n, int32_t *out) {
+  typedef int32_t Four __attribute__((vector_size(16)));
+  constexpr int32_t kNone = std::numeric_limits<int32_t>::max();
+  alignas(16) int32_t own[kFew], rank[kFew], at_rank[kFew];
+  const int64_t size = (n + 7) / 8 * 8;
+  for (int64_t i = 0; i < size; ++i) own[i] = i < n ? values[i] : kNone, at_rank[i] = kNone;
+  for (int64_t i = 0; i < size; i += 8) {  // how many are less: equal ones share the place of the first
+    const Four low = *reinterpret_cast<Four *>(own + i), high = *reinterpret_cast<Four *>(own + i + 4);
+    Four less_low{}, less_high{};
+    for (int64_t j = 0; j < n; ++j) {
+      const Four other = Four{} + own[j];
+      less_low -= other < low, less_high -= other < high;
+    }
+    *reinterpret_cast<Four *>(rank + i) = less_low, *reinterpret_cast<Four *>(rank + i + 4) = less_high;
+  }
+  for (int64_t i = 0; i < n; ++i) at_rank[rank[i]] = own[i];
+  int64_t kept = 0;
+  for (int64_t i = 0; i < n; ++i) out[kept] = at_rank[i], kept += at_rank[i] != kNone;
+  return kept;
+}
+
+int64_t sort_distinct(int32_t *values, int64_t n) {
+  if (n > kFew) {
+    std::sort(values, values + n);
+    return std::unique(values, values + n) - values;
+  }
+  int32_t sorted[kFew];
+  const int64_t kept = sort_few(values, n, sorted);
+  std::copy(sorted, sorted + kept, values);
+  return kept;
+}
+
 // Each undirected pair of a neighbour table once, (smaller, larger), sorted; at most `k` neighbours of a row count.
 nb::object neighbour_edges(Array<const int32_t, 2> neighbours, int64_t k) {
   const int64_t rows = neighbours.shape(0), width = neighbours.shape(1);
@@ -57,32 +91,17 @@ nb::object neighbour_edges(Array<const int32_t, 2> neighbours, int64_t k) {
       for (int64_t n = 0; other < end && n < k; ++other)
         if (*other >= 0 && *other < rows && *other != i) take(*other), ++n;
     };
-    // What a row is named by, ascending, and place for the larger rows it names itself.
-    Buffer<int64_t> starts(rows + 1), next(rows);
+    // A pair belongs to its smaller row, whichever row names it.
+    Buffer<int64_t> starts(rows + 1), next(rows), counts(rows + 1);
     std::fill(starts.begin(), starts.end(), 0);
     for (int64_t i = 0; i < rows; ++i) each(i, [&](int32_t other) { ++starts[std::min<int64_t>(i, other) + 1]; });
     std::partial_sum(starts.begin(), starts.end(), starts.begin());
     std::copy(starts.data(), starts.data() + rows, next.begin());
     Buffer<int32_t> larger(starts[rows]);
     for (int64_t i = 0; i < rows; ++i)
-      each(i, [&](int32_t other) {
-        if (other < i) larger[next[other]++] = static_cast<int32_t>(i);
-      });
-    Buffer<int64_t> counts(rows + 1);
+      each(i, [&](int32_t other) { larger[next[std::min<int64_t>(i, other)]++] = static_cast<int32_t>(std::max<int64_t>(i, other)); });
     counts[0] = 0;
-    parallel_rows(rows, [&](int64_t i) {
-      int32_t *const first = larger.data() + starts[i];
-      int32_t *end = larger.data() + next[i];
-      each(i, [&](int32_t other) {
-        if (other < i) return;
-        int32_t *at = end;
-        for (; at > first && at[-1] > other; --at) {}
-        if (at > first && at[-1] == other) return;
-        std::copy_backward(at, end, end + 1);
-        *at = other, ++end;
-      });
-      counts[i + 1] = end - first;
-    });
+    parallel_rows(rows, [&](int64_t i) { counts[i + 1] = sort_distinct(larger.data() + starts[i], starts[i + 1] - starts[i]); });
     std::partial_sum(counts.begin(), counts.end(), counts.begin());
     ends = Buffer<int32_t>(2 * counts[rows]);
     parallel_rows(rows, [&](int64_t i) {
@@ -140,10 +159,12 @@ nb::object distinct_edges(Array<const int32_t, 2> edges, Array<const int32_t, 1>
   return to_torch(std::move(ends), 2);
 }
 
-// Rows of each cloud by x, y, z; equal points keep their order.
-void sorted_rows(Array<const float, 2> coord, Array<const int64_t, 1> offsets, Array<int64_t, 1> order) {
+// Rows of each cloud by x, y, z; equal points keep their order. And the place of each row in that order, and its points.
+void sorted_rows(Array<const float, 2> coord, Array<const int64_t, 1> offsets, Array<int64_t, 1> order, Array<int32_t, 1> place,
+                 Array<float, 2> sorted) {
   const int64_t rows = coord.shape(0), clouds = static_cast<int64_t>(offsets.shape(0)) - 1;
-  if (coord.shape(1) != 3 || static_cast<int64_t>(order.shape(0)) != rows || clouds < 0 || offsets.data()[0] != 0 ||
+  if (coord.shape(1) != 3 || static_cast<int64_t>(order.shape(0)) != rows || place.shape(0) != order.shape(0) ||
+      sorted.shape(0) != coord.shape(0) || sorted.shape(1) != 3 || rows > std::numeric_limits<int32_t>::max() || clouds < 0 || offsets.data()[0] != 0 ||
       offsets.data()[clouds] != rows || !std::is_sorted(offsets.data(), offsets.data() + clouds + 1))
     throw std::invalid_argument("offsets do not rise from 0 to the number of rows");
   nb::gil_scoped_release release;
@@ -163,6 +184,11 @@ void sorted_rows(Array<const float, 2> coord, Array<const int64_t, 1> offsets, A
       });
     }
   }
+  parallel_rows(rows, [&](int64_t i) {
+    const int64_t from = order.data()[i];
+    place.data()[from] = static_cast<int32_t>(i);
+    for (int axis = 0; axis < 3; ++axis) sorted.data()[3 * i + axis] = coord.data()[3 * from + axis];
+  });
 }
 
 // Edges in ascending order of their weights, equal ones in their own order.
@@ -195,20 +221,19 @@ void merge(Array<const int32_t, 2> edges, Array<const float, 1> weights, double 
   nb::gil_scoped_release release;
   const Buffer<PackedRow> items = ascending_edges(weights.data(), count, row_bits);
 
-  struct Component {  // of a root
+  struct Component {
+    int32_t parent, size;
     double threshold;
-    int64_t size;
   };
-  Buffer<int32_t> parent(rows);
   Buffer<Component> parts(rows);
-  for (int64_t i = 0; i < rows; ++i) parent[i] = static_cast<int32_t>(i), parts[i] = {k, 1};
+  for (int64_t i = 0; i < rows; ++i) parts[i] = {static_cast<int32_t>(i), 1, k};
   const auto root = [&](int32_t at) {
-    while (parent[at] != at) at = parent[at] = parent[parent[at]];
+    while (parts[at].parent != at) at = parts[at].parent = parts[parts[at].parent].parent;
     return at;
   };
   const auto join = [&](int32_t a, int32_t b) {
     if (parts[a].size < parts[b].size) std::swap(a, b);
-    parent[b] = a;
+    parts[b].parent = a;
     parts[a].size += parts[b].size;
     return a;
   };
@@ -216,7 +241,7 @@ void merge(Array<const int32_t, 2> edges, Array<const float, 1> weights, double 
   const auto ends = [&](int64_t at) { return edge + items[at].row(row_bits); };
   for (int64_t at = 0; at < count; ++at) {
     if (at + 2 * kAhead < count) __builtin_prefetch(ends(at + 2 * kAhead)), __builtin_prefetch(weights.data() + items[at + 2 * kAhead].row(row_bits));
-    if (at + kAhead < count) __builtin_prefetch(&parent[ends(at + kAhead)->a]), __builtin_prefetch(&parent[ends(at + kAhead)->b]);
+    if (at + kAhead < count) __builtin_prefetch(&parts[ends(at + kAhead)->a]), __builtin_prefetch(&parts[ends(at + kAhead)->b]);
     const int32_t a = root(ends(at)->a), b = root(ends(at)->b);
     if (a == b) continue;
     const double w = weights.data()[items[at].row(row_bits)];
@@ -225,7 +250,7 @@ void merge(Array<const int32_t, 2> edges, Array<const float, 1> weights, double 
       continue;
     }
     const int32_t joined = join(a, b);
-    parts[joined].threshold = w + k / static_cast<double>(parts[joined].size);
+    parts[joined].threshold = w + k / parts[joined].size;
   }
   for (const Edge &pair : apart) {
     const int32_t a = root(pair.a), b = root(pair.b);
@@ -249,8 +274,8 @@ void register_graph(nb::module_ &m) {
         "1 - cosine of the normals, squared where the edge is convex, at least 0.");
   m.def("graph_distinct_edges", &distinct_edges, nb::arg("edges"), nb::arg("place"),
         "Edges (smaller, larger) of place[edges], without loops, each once, sorted.");
-  m.def("graph_sorted_rows", &sorted_rows, nb::arg("coord"), nb::arg("offsets"), nb::arg("order"),
-        "Rows of each cloud sorted by x, y, z, stable.");
+  m.def("graph_sorted_rows", &sorted_rows, nb::arg("coord"), nb::arg("offsets"), nb::arg("order"), nb::arg("place"),
+        nb::arg("sorted"), "Rows of each cloud sorted by x, y, z, stable; the inverse of this order, and the points in it.");
   m.def("graph_merge", &merge, nb::arg("edges"), nb::arg("weights"), nb::arg("k"), nb::arg("min_size"), nb::arg("labels"),
         nb::arg("place") = nb::none(), "Felzenszwalb-Huttenlocher merge; labels of places (default: all), numbered by first occurrence.");
 }

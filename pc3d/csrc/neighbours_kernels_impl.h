@@ -423,9 +423,7 @@ constexpr int64_t kLanes = kWidth / 2;  // points whose normals are found togeth
 
 typedef double Real __attribute__((vector_size(kLanes * sizeof(double))));
 typedef int64_t Choice __attribute__((vector_size(kLanes * sizeof(double))));
-typedef float Half __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
-
-inline Real widened(const float *p) { return __builtin_convertvector(*reinterpret_cast<const Half *>(p), Real); }
+typedef float Half __attribute__((vector_size(kLanes * sizeof(float))));
 
 inline Real root(Real v) {
   for (int64_t lane = 0; lane < kLanes; ++lane) v[lane] = sqrt(v[lane]);
@@ -485,41 +483,40 @@ void smallest_eigenvectors(const Real *m, Real *v) {
   }
 }
 
+inline Real across_points(const float *const *points, int axis) {
+#if PC3D_WIDTH == 8
+  return __builtin_convertvector((Half{points[0][axis], points[1][axis], points[2][axis], points[3][axis]}), Real);
+#else
+  return __builtin_convertvector((Half{points[0][axis], points[1][axis]}), Real);
+#endif
+}
+
 void normals(const float *coord, const int32_t *neighbours, int64_t k, const float *center, int64_t begin, int64_t end, float *out) {
-  constexpr int64_t kSome = 16;  // neighbours fetched together
-  float near[kSome][3][kLanes], own[3][kLanes];
   for (int64_t i = begin; i < end; i += kLanes) {
+    const float *own[kLanes], *near[kLanes];
+    const int32_t *found[kLanes];
     int64_t counts[kLanes], most = 0;
-    Real count;
+    Real count{};
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       const int64_t point = smaller(i + lane, end - 1);
-      const int32_t *found = neighbours + point * k;
-      for (counts[lane] = 0; counts[lane] < k && found[counts[lane]] >= 0;) ++counts[lane];
+      own[lane] = coord + 3 * point, found[lane] = neighbours + point * k;
+      for (counts[lane] = k; counts[lane] > 0 && found[lane][counts[lane] - 1] < 0;) --counts[lane];
       count[lane] = static_cast<double>(counts[lane] ? counts[lane] : 1);
       most = counts[lane] > most ? counts[lane] : most;
-      for (int axis = 0; axis < 3; ++axis) own[axis][lane] = coord[3 * point + axis];
     }
-    const Real here[3] = {widened(own[0]), widened(own[1]), widened(own[2])};
-    Real sum[3] = {}, m[6] = {}, v[3];
-    for (int64_t first = 0; first < most; first += kSome) {
-      const int64_t some = smaller(kSome, most - first);
-      for (int64_t lane = 0; lane < kLanes; ++lane) {
-        const int64_t point = smaller(i + lane, end - 1);
-        for (int64_t j = 0; j < some; ++j) {  // a point itself adds nothing
-          const float *q = coord + 3 * (first + j < counts[lane] ? neighbours[point * k + first + j] : point);
-          near[j][0][lane] = q[0], near[j][1][lane] = q[1], near[j][2][lane] = q[2];
-        }
-      }
-      for (int64_t j = 0; j < some; ++j) {
-        const Real x = widened(near[j][0]) - here[0], y = widened(near[j][1]) - here[1], z = widened(near[j][2]) - here[2];
-        sum[0] += x, sum[1] += y, sum[2] += z;
-        m[0] += x * x, m[1] += x * y, m[2] += x * z, m[3] += y * y, m[4] += y * z, m[5] += z * z;
-      }
+    const Real here[3] = {across_points(own, 0), across_points(own, 1), across_points(own, 2)};
+    Real sx{}, sy{}, sz{}, xx{}, xy{}, xz{}, yy{}, yz{}, zz{};
+    for (int64_t j = 0; j < most; ++j) {
+      for (int64_t lane = 0; lane < kLanes; ++lane)  // a point itself adds nothing
+        near[lane] = j < counts[lane] ? coord + 3 * static_cast<int64_t>(found[lane][j]) : own[lane];
+      const Real x = across_points(near, 0) - here[0], y = across_points(near, 1) - here[1], z = across_points(near, 2) - here[2];
+      sx += x, sy += y, sz += z;
+      xx += x * x, xy += x * y, xz += x * z, yy += y * y, yz += y * z, zz += z * z;
     }
-    for (int a = 0, at = 0; a < 3; ++a)
-      for (int b = a; b < 3; ++b, ++at) m[at] -= sum[a] * sum[b] / count;
+    const Real m[6] = {xx - sx * sx / count, xy - sx * sy / count, xz - sx * sz / count,
+                       yy - sy * sy / count, yz - sy * sz / count, zz - sz * sz / count};
+    Real v[3], toward{};
     smallest_eigenvectors(m, v);
-    Real toward = {};
     for (int axis = 0; axis < 3; ++axis) toward += v[axis] * (static_cast<double>(center[axis]) - here[axis]);
     for (int64_t lane = 0; lane < smaller(kLanes, end - i); ++lane)
       for (int axis = 0; axis < 3; ++axis)

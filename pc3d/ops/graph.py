@@ -186,16 +186,16 @@ class PointGraph:
     """A weighted graph of packed points: built once, cut into segments with any parameters.
 
     Attributes:
-        normal: ``(N, 3)`` float32 unit normals of the points.
-        edges: ``(M, 2)`` int32 or int64 ends, as numbers that do not depend on the order of the points.
+        place: ``(N,)`` int32 or int64, the row of each point where the clouds are sorted by x, y, z.
+        normals: ``(N, 3)`` float32 unit normals, in these rows.
+        edges: ``(M, 2)`` int32 or int64 of these rows.
         weights: ``(M,)`` float32.
-        place: ``(N,)`` int32 or int64, the number of each point.
     """
 
-    normal: Tensor
+    place: Tensor
+    normals: Tensor
     edges: Tensor
     weights: Tensor
-    place: Tensor
 
     @staticmethod
     def of(
@@ -217,32 +217,32 @@ class PointGraph:
         """
         if (color_weight and color is None) or (semantic_weight and probabilities is None):
             raise ValueError("color_weight needs colours and semantic_weight probabilities")
-        order = _canonical_order(coord, offsets)
-        place = torch.empty_like(order, dtype=torch.int32)
-        place[order] = torch.arange(len(order), device=order.device, dtype=torch.int32)
-        coord = coord.detach()[order].contiguous()
+        coord, order, place = _in_canonical_order(coord, offsets)
         reach = max(neighbours + 1 if edges is None else 0, normal_neighbours if normal is None else 0)
         found = nearest_rows(coord, offsets, reach) if reach else None
-        if found is not None and normal is None:
-            ordered = estimate_normals(coord, offsets, found[:, :normal_neighbours])
-            normal = ordered[place.long()]
-        else:
-            assert normal is not None
-            normal = normal.float()
-            ordered = normal[order]
-        if found is not None and edges is None:
-            edges = _neighbour_edges(found[:, : neighbours + 1], neighbours)
-        else:
-            assert edges is not None
+        if normal is not None:
+            normal = normal.float()[order]
+        elif found is not None:
+            normal = estimate_normals(coord, offsets, found[:, :normal_neighbours])
+        if edges is not None:
             edges = _distinct_edges(edges, place)
-        weights = edge_weights(coord, ordered, edges)
+        elif found is not None:
+            edges = _neighbour_edges(found, neighbours)
+        assert normal is not None
+        assert edges is not None
+        weights = edge_weights(coord, normal, edges)
         if color is not None and color_weight:
             shade, (i, j) = color.float()[order] / 255, edges.long().unbind(1)
             weights = weights + color_weight * (shade[i] - shade[j]).square().sum(1)
         if probabilities is not None and semantic_weight:
             share, (i, j) = probabilities.float()[order], edges.long().unbind(1)
             weights = weights + semantic_weight * (1 - (share[i] * share[j]).sum(1))
-        return PointGraph(normal, edges, weights, place)
+        return PointGraph(place, normal, edges, weights)
+
+    @property
+    def normal(self) -> Tensor:
+        """``(N, 3)`` float32 normal of each point."""
+        return self.normals[self.place.long()]
 
     def segments(self, k: float = 0.05, min_size: int = 20) -> Tensor:
         """``(N,)`` int64 segment of each point, numbered by first occurrence; see :func:`merge_graph`."""
@@ -298,18 +298,20 @@ def graph_segments(
     return graph.segments(k, min_size)
 
 
-def _canonical_order(coord: Tensor, offsets: Tensor) -> Tensor:
-    """Rows sorted by cloud, x, y, z: an order that does not depend on the one given."""
-    kernels = cpu_kernels(coord)
+def _in_canonical_order(coord: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Points sorted by cloud, x, y, z, which does not depend on the order given; their old rows, and the inverse."""
+    kernels, coord = cpu_kernels(coord), coord.detach().contiguous()
     if kernels is not None:
-        order = torch.empty(len(coord), dtype=torch.int64)
-        kernels.graph_sorted_rows(coord.detach().contiguous(), offsets.contiguous(), order)
-        return order
+        order, place = torch.empty(len(coord), dtype=torch.int64), torch.empty(len(coord), dtype=torch.int32)
+        ordered = torch.empty_like(coord)
+        kernels.graph_sorted_rows(coord, offsets.contiguous(), order, place, ordered)
+        return ordered, order, place
     order = torch.arange(len(coord), device=coord.device)
     for column in (coord[:, 2], coord[:, 1], coord[:, 0]):
         order = order[column[order].argsort(stable=True)]
     cloud = torch.repeat_interleave(offsets.diff().to(coord.device), output_size=len(coord))
-    return order[cloud[order].argsort(stable=True)] if len(offsets) > 2 else order
+    order = order[cloud[order].argsort(stable=True)]
+    return coord[order], order, order.argsort()
 
 
 def _distinct_edges(edges: Tensor, place: Tensor) -> Tensor:

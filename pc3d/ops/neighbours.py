@@ -38,8 +38,8 @@ def knn(
     _check_k(k)
     if len(query_offsets) != len(offsets):
         raise ValueError(f"queries have {len(query_offsets) - 1} clouds, points {len(offsets) - 1}")
-    query, coord = _plain("query", query), _plain("coord", coord)
     _check_sizes(query_offsets, offsets)
+    query, coord = _plain("query", query), _plain("coord", coord)
     limit = radius * radius
     kernels = cpu_kernels(query, coord)
     if kernels is not None:
@@ -67,12 +67,11 @@ def nearest_rows(coord: Tensor, offsets: Tensor, k: int) -> Tensor:
     Raises:
         ValueError: as :func:`knn`; and if there are 2^31 points, in any number of clouds.
     """
+    _check_k(k)
+    _check_sizes(offsets[[0, -1]])
     kernels = cpu_kernels(coord)
-    if len(coord) >= _MOST_POINTS:
-        raise ValueError(f"nearest_rows takes less than {_MOST_POINTS} points, got {len(coord)}")
     if kernels is None:
         return knn(coord, offsets, coord, offsets, k)[0].int()
-    _check_k(k)
     coord, rows = _plain("coord", coord), torch.empty(len(coord), k, dtype=torch.int32)
     kernels.near_rows(coord, offsets.contiguous(), rows)
     return rows
@@ -92,8 +91,8 @@ def farthest_points(coord: Tensor, offsets: Tensor, sampled: Tensor, starts: Ten
     Raises:
         ValueError: if a cloud has fewer points than are asked for, or 2^31, or a coordinate is not finite.
     """
-    coord = _plain("coord", coord)
     _check_sizes(offsets)
+    coord = _plain("coord", coord)
     counts, sizes = sampled.diff(), offsets.diff()
     if len(sampled) != len(offsets) or bool((counts > sizes).any()) or bool((counts < 0).any()):
         raise ValueError(f"cannot take {counts.tolist()[:8]} points of clouds of {sizes.tolist()[:8]}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pc3d.ops.backend import cpu_kernels, use_backend
-from pc3d.ops.neighbours import farthest_points, knn
+from pc3d.ops.neighbours import farthest_points, knn, nearest_rows
 
 COUNTS = [300, 0, 1, 17, 40]
 
@@ -115,6 +115,23 @@ def test_every_instruction_set_gives_the_same_bits(k: int, radius: float) -> Non
             coord, offsets, torch.tensor([0, 400, 402]), torch.zeros(2, dtype=torch.int64), out, isa
         )
         assert torch.equal(out, sampled), isa
+
+
+def test_rows_alone_are_those_of_knn() -> None:
+    coord, offsets = torch.cat([_clouds("grid", COUNTS), _scan(1000)]), _offsets([*COUNTS, 1000])
+    rows = nearest_rows(coord, offsets, 18)
+    assert rows.dtype == torch.int32
+    assert torch.equal(rows.long(), knn(coord, offsets, coord, offsets, 18)[0])
+
+
+def test_clouds_that_int32_rows_cannot_number_are_refused() -> None:
+    many, offsets = torch.zeros(1, 3).expand(1 << 31, 3), torch.tensor([0, 1 << 31])
+    with pytest.raises(ValueError, match="less than 2147483647 points, got 2147483648"):
+        knn(many, offsets, many, offsets, 1)
+    with pytest.raises(ValueError, match="less than 2147483647 points, got 2147483648"):
+        nearest_rows(many, offsets, 1)
+    with pytest.raises(ValueError, match="less than 2147483647 points, got 2147483648"):
+        farthest_points(many, offsets, torch.tensor([0, 1]))
 
 
 def test_bad_input() -> None:
