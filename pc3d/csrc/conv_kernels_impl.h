@@ -361,7 +361,10 @@ struct Target {
     return load(part);
   }
   Vec finished(Vec value, int64_t r, int64_t c, int64_t n) const {
-    if (p.scale) value = value * some(p.scale + c, n) + some(p.shift + c, n);
+    if (p.scale) {
+      const Vec scale = some(p.scale + c, n), shift = some(p.shift + c, n);  // first: the compiler fuses only what is side by side
+      value = value * scale + shift;
+    }
     if (p.residual) {
       float part[kWidth] = {};
       const int32_t row = static_cast<int32_t>(r);

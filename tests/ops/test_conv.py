@@ -183,6 +183,20 @@ def _check_epilogue(epilogue: Epilogue, feat: Tensor, weight: Tensor, kmap: Kern
     assert with_gradient.requires_grad
 
 
+def test_bits_of_a_column_do_not_depend_on_the_others(kernels):
+    """The last columns, which fill no register, are finished as the others are."""
+    kmap = MAPS["submanifold"]
+    feat, weight, bias = (t.detach() for t in operands(kmap, 9, 48))
+    scale, shift = torch.randn(2, 48, generator=torch.Generator().manual_seed(2))
+    plan = conv.conv_plans(feat, kmap)[0]
+    outs = {}
+    for isa, cout in itertools.product(kernels.conv_isas(), (48, 45, 35)):
+        outs[cout] = torch.empty(kmap.num_out, cout)
+        first = [t[..., :cout].contiguous() for t in (weight, bias, scale, shift)]
+        kernels.conv_forward(feat, *first[:2], *plan, outs[cout], *first[2:], isa=isa)
+        assert torch.equal(outs[cout], outs[48][:, :cout])
+
+
 def test_not_a_number_passes_an_epilogue(kernels):
     kmap = MAPS["pointwise"]
     feat = torch.ones(kmap.num_in, 8, dtype=torch.bfloat16)
