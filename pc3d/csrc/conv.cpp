@@ -1,8 +1,8 @@
 // Sparse convolution on the CPU: plans, the parallel loops around the micro-kernels, and the Python functions.
 //
 // Output rows are cut into tiles; one thread owns a tile (or some columns of it) and adds the products of every kernel
-// offset to it in ascending order. The weight gradient has one owner per kernel offset, fixed chunk of pairs and block of
-// input channels; chunks are added in order. No sum depends on the number of threads.
+// offset to it in ascending order. The weight gradient has one owner per kernel offset and block of input channels, which
+// adds the pairs in their order. No sum depends on the number of threads.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -41,8 +41,7 @@ using Channels = std::optional<Array<const float, 1>>;
 constexpr int64_t kTileGranules = 4;    // 512 rows of a tile, if the caller does not choose, and
 constexpr int64_t kTileColumns = 128;   // columns: 256 KiB of output, half of a small second-level cache
 constexpr int64_t kTasksPerThread = 4;
-constexpr int64_t kLeastChunk = 4096;       // pairs of one weight-gradient task, at least
-constexpr int64_t kMostChunks = 64;         // and chunks of all offsets together, beside one per offset, at most
+constexpr int64_t kLeastRows = 24;      // of a weight gradient in one task, unless that is all of them
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -232,62 +231,44 @@ void conv_forward(Matrix x, StridedArray<const float, 3> weight, Channels bias, 
   run_tiles(kernels, p, tile_rows ? ceil_div(tile_rows, kGranule) : kTileGranules);
 }
 
-// One chunk of the pairs of one kernel offset; the first chunk of an offset writes to the result, the others to scratch.
-struct Chunk {
-  int64_t kernel, begin, end;
-  float *out;
-};
-
-std::vector<Chunk> make_chunks(const int64_t *offsets, int64_t kernel_volume, int64_t matrix, float *out) {
-  const int64_t length = std::max(kLeastChunk, ceil_div(offsets[kernel_volume], kMostChunks));
-  std::vector<Chunk> chunks;
-  for (int64_t k = 0; k < kernel_volume; ++k) {
-    const int64_t pairs = offsets[k + 1] - offsets[k], parts = std::max<int64_t>(1, ceil_div(pairs, length));
-    for (int64_t i = 0; i < parts; ++i)
-      chunks.push_back({k, offsets[k] + pairs * i / parts, offsets[k] + pairs * (i + 1) / parts, i ? nullptr : out + k * matrix});
-  }
-  const int64_t extra = std::count_if(chunks.begin(), chunks.end(), [](const Chunk &c) { return !c.out; });
-  float *scratch = extra ? workspace(extra * matrix) : nullptr;
-  for (Chunk &chunk : chunks) {
-    if (chunk.out) continue;
-    chunk.out = scratch;
-    scratch += matrix;
-  }
-  return chunks;
+// Borders of runs of kernel offsets with about as many pairs each.
+std::vector<int64_t> balanced_runs(const WeightGrad &p, int64_t kernel_volume, int64_t runs) {
+  const auto pairs_before = [&](int64_t k) { return p.starts[k * (p.granules + 1)]; };
+  const int64_t pairs = p.starts[kernel_volume * (p.granules + 1) - 1];
+  std::vector<int64_t> borders{0};
+  for (int64_t k = 1; k < kernel_volume; ++k)
+    if (pairs_before(k) * runs >= pairs * static_cast<int64_t>(borders.size())) borders.push_back(k);
+  borders.push_back(kernel_volume);
+  return borders;
 }
 
-void add_chunks(const std::vector<Chunk> &chunks, int64_t cin, int64_t cout, float *out) {
-  parallel_tasks(cin, [&](int64_t row) {
-    for (const Chunk &chunk : chunks) {
-      float *to = out + (chunk.kernel * cin + row) * cout;
-      const float *from = chunk.out + row * cout;
-      if (from == to) continue;
-      for (int64_t j = 0; j < cout; ++j) to[j] += from[j];
-    }
+// Few tasks, of whole offsets where that is enough: the offsets of a task share the features in the cache.
+void run_weight_grad(const ConvKernels &kernels, const WeightGrad &p, int64_t kernel_volume) {
+  const int64_t wanted = num_threads() > 1 ? num_threads() * kTasksPerThread : 1;
+  const std::vector<int64_t> borders = balanced_runs(p, kernel_volume, wanted);
+  const int64_t runs = static_cast<int64_t>(borders.size()) - 1;
+  const int64_t parts = std::max(ceil_div(p.cin, kernels.cin_block), std::min(ceil_div(wanted, runs), ceil_div(p.cin, kLeastRows)));
+  parallel_tasks(runs * parts, [&](int64_t i) {
+    const int64_t run = i / parts, part = i % parts;
+    kernels.weight_grad(p, borders[run], borders[run + 1], p.cin * part / parts, p.cin * (part + 1) / parts);
   });
 }
 
-void conv_weight_grad(Matrix x, Matrix g, Array<const int32_t, 1> in_rows,
-                      Array<const int32_t, 1> out_rows, Array<const int64_t, 1> offsets, Array<float, 3> out,
-                      const std::string &isa) {
+void conv_weight_grad(Matrix x, Matrix g, Array<const int32_t, 1> gather, Array<const int32_t, 1> scatter,
+                      Array<const int64_t, 2> starts, Array<float, 3> out, const std::string &isa) {
   const Features left = features(x), right = features(g);
   const ConvKernels &kernels = find_kernels(usable(left.bf16 && right.bf16), isa);
-  const int64_t kernel_volume = out.shape(0), cin = x.shape(1), cout = g.shape(1);
-  require(static_cast<int64_t>(offsets.shape(0)) == kernel_volume + 1 && static_cast<int64_t>(out.shape(1)) == cin &&
-              static_cast<int64_t>(out.shape(2)) == cout && in_rows.shape(0) == out_rows.shape(0),
-          "the gradient does not fit the features");
+  const int64_t kernel_volume = out.shape(0), cin = x.shape(1), cout = g.shape(1), granules = starts.shape(1) - 1;
+  require(static_cast<int64_t>(starts.shape(0)) == kernel_volume && granules == ceil_div(g.shape(0), kGranule) &&
+              gather.shape(0) == scatter.shape(0),
+          "the plan is of another map");
+  require(static_cast<int64_t>(out.shape(1)) == cin && static_cast<int64_t>(out.shape(2)) == cout, "the gradient does not fit the features");
+  const WeightGrad p{left, right, gather.data(), scatter.data(), starts.data(), granules, cin, cout, out.data()};
   nb::gil_scoped_release release;
-  check_offsets(offsets.data(), kernel_volume, in_rows.shape(0));
-  const std::vector<Chunk> chunks = make_chunks(offsets.data(), kernel_volume, cin * cout, out.data());
-  const int64_t blocks = ceil_div(cin, kernels.cin_block);
-  parallel_tasks(static_cast<int64_t>(chunks.size()) * blocks, [&](int64_t i) {
-    const Chunk &chunk = chunks[i / blocks];
-    const int64_t first = i % blocks * kernels.cin_block;
-    kernels.weight_grad({left, right, in_rows.data() + chunk.begin, out_rows.data() + chunk.begin,
-                         chunk.end - chunk.begin, cin, cout, chunk.out},
-                        first, std::min(first + kernels.cin_block, cin));
-  });
-  if (static_cast<int64_t>(chunks.size()) > kernel_volume) add_chunks(chunks, cin, cout, out.data());
+  if (granules == 0)
+    std::fill(p.out, p.out + kernel_volume * p.cin * p.cout, 0.0f);
+  else
+    run_weight_grad(kernels, p, kernel_volume);
 }
 
 }  // namespace
@@ -308,9 +289,9 @@ void register_conv(nb::module_ &m) {
         nb::arg("isa") = "", nb::arg("tile_rows") = 0,
         "y[scatter[p]] = relu((bias + sum of x[gather[p]] W_k) * scale + shift + residual) over a plan checked by "
         "conv_plan_starts; x, y and residual float32 or bfloat16, summed in float32.");
-  m.def("conv_weight_grad", &conv_weight_grad, nb::arg("x"), nb::arg("g"), nb::arg("in_rows"), nb::arg("out_rows"),
-        nb::arg("offsets"), nb::arg("out"), nb::arg("isa") = "",
-        "out[k] = sum of x[in_rows[p]]^T g[out_rows[p]] over the pairs of every offset; x and g float32 or bfloat16.");
+  m.def("conv_weight_grad", &conv_weight_grad, nb::arg("x"), nb::arg("g"), nb::arg("gather"), nb::arg("scatter"),
+        nb::arg("starts"), nb::arg("out"), nb::arg("isa") = "",
+        "out[k] = sum of x[gather[p]]^T g[scatter[p]] over the pairs of every offset of a plan; x and g float32 or bfloat16.");
 }
 
 }  // namespace pc3d

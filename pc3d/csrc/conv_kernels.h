@@ -32,14 +32,15 @@ struct ConvProduct {
   int64_t kernel_volume, granules, rows, cin, cout;
 };
 
-// Part of dW_k = sum over the pairs p of x[in_rows[p]]^T g[out_rows[p]].
-struct WeightGradPart {
-  Features x;  // (inputs, cin)
-  Features g;  // (outputs, cout)
-  const int32_t *in_rows;
-  const int32_t *out_rows;
-  int64_t pairs, cin, cout;
-  float *out;  // (cin, cout), overwritten in the rows asked for
+// dW_k = sum over the pairs p of offset k of x[gather[p]]^T g[scatter[p]], for all offsets.
+struct WeightGrad {
+  Features x;  // (sources, cin)
+  Features g;  // (rows, cout)
+  const int32_t *gather;
+  const int32_t *scatter;
+  const int64_t *starts;  // as in ConvProduct
+  int64_t granules, cin, cout;
+  float *out;  // (offsets, cin, cout)
 };
 
 struct ConvKernels {
@@ -52,8 +53,8 @@ struct ConvKernels {
   // All offsets of the destination granules [first, last) and the column strips [strip_first, strip_last). Where y is
   // bfloat16, `sums` has room for them in float32.
   void (*tile)(const ConvProduct &product, int64_t first, int64_t last, int64_t strip_first, int64_t strip_last, float *sums);
-  // The rows [first, last) of the weight gradient, at most cin_block of them.
-  void (*weight_grad)(const WeightGradPart &part, int64_t first, int64_t last);
+  // The rows [first, last), at most cin_block of them, of the weight gradients of the offsets [kernel_first, kernel_last).
+  void (*weight_grad)(const WeightGrad &product, int64_t kernel_first, int64_t kernel_last, int64_t first, int64_t last);
 };
 
 // Null where the compiler was not given the instruction set. The caller checks that the CPU has it.

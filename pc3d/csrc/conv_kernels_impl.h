@@ -19,11 +19,13 @@ namespace pc3d {
 namespace PC3D_ISA {
 
 constexpr int64_t kWidth = PC3D_WIDTH, kRows = PC3D_ROWS, kStrip = 2 * kWidth;
-constexpr int64_t kDepth = 128;        // channels of a packed panel, and its fixed row stride
-constexpr int64_t kPanelRows = 60;     // 30 KiB of packed rows: a panel stays in the first-level cache
-constexpr int64_t kGradPairs = 96;     // pairs of a weight-gradient panel
+constexpr int64_t kDepth = 256;        // elements of one pass: a strip of weights fills half of the first-level cache
+constexpr int64_t kPanel = 60 * 256;   // elements gathered before the next strip of columns, at most, and
+constexpr int64_t kPanelRows = 504;    // rows
+constexpr int64_t kGradRows = 128;     // rows of a weight gradient made together, from
+constexpr int64_t kGradPairs = 192;    // elements of pairs at a time
 constexpr int64_t kGradColumns = 256;  // columns packed beside them
-constexpr int64_t kAhead = 12;         // rows prefetched ahead of the gather
+constexpr int64_t kAhead = 12;         // rows prefetched ahead of their use
 
 typedef float Vec __attribute__((vector_size(kWidth * sizeof(float))));
 typedef float Loose __attribute__((vector_size(kWidth * sizeof(float)), aligned(4), may_alias));
@@ -56,29 +58,39 @@ inline void add_product(float a, Vec b, Vec &sum) {
 #endif
 }
 
-// Row rows[r] of y, columns [0, NV * kWidth), plus the sum over d of a(r, d) * b[d][:]. The panel `a` holds (r, d) at
-// a[r * kDepth + d], or, when transposed (weight gradient: d is a pair, r a channel), at a[d * kDepth + r].
-template <int R, int NV, bool Transposed>
-void block(const float *a, const float *b, int64_t depth, float *y, const int32_t *rows, int64_t stride) {
+// The left operand of a block: (r, d) is at at[index[r] * stride + d], rows of a matrix where they lie, or, when packed
+// (weight gradient: d is a pair, r a channel), at at[d * kRows + r].
+struct Left {
+  const float *at;
+  const int32_t *index;
+  int64_t stride;
+};
+
+// Row rows[r] of y, columns [0, NV * kWidth), plus the sum over d of left(r, d) * b[d][:], for R rows.
+template <int R, int NV, bool Packed>
+void block(const Left &left, const float *b, int64_t depth, float *y, const int32_t *rows, int64_t stride) {
+  const float *a[R];
   float *c[R];
   Vec acc[R][NV];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
+    a[r] = Packed ? left.at + r : left.at + left.index[r] * left.stride;
     c[r] = y + rows[r] * stride;
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) acc[r][v] = load(c[r] + v * kWidth);
+    if (!Packed) asm("" : "+r"(a[r]));  // or compilers keep differences of the pointers, and add them up at every step
   }
+#pragma GCC unroll 2
   for (int64_t d = 0; d < depth; ++d) {
     Vec column[NV];
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) column[v] = load(b + v * kWidth);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const float s = Transposed ? a[r] : a[r * kDepth];
+      const float s = a[r][Packed ? d * kRows : d];
 #pragma GCC unroll 2
       for (int v = 0; v < NV; ++v) add_product(s, column[v], acc[r][v]);
     }
-    a += Transposed ? kDepth : 1;
     b += kStrip;
   }
 #pragma GCC unroll 16
@@ -87,24 +99,23 @@ void block(const float *a, const float *b, int64_t depth, float *y, const int32_
     for (int v = 0; v < NV; ++v) store(c[r] + v * kWidth, acc[r][v]);
 }
 
-using Block = void (*)(const float *, const float *, int64_t, float *, const int32_t *, int64_t);
-constexpr int32_t kConsecutive[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+using Block = void (*)(const Left &, const float *, int64_t, float *, const int32_t *, int64_t);
 
-template <int R, int NV, bool Transposed>
-struct Table {
-  static Block find(int64_t rows) {
-    if (rows == R) return &block<R, NV, Transposed>;
-    return Table<R - 1, NV, Transposed>::find(rows);
+// 0, 1, 2 and so on.
+struct Count {
+  int32_t values[kPanelRows];
+  constexpr Count() : values() {
+    for (int32_t i = 0; i < kPanelRows; ++i) values[i] = i;
   }
 };
-template <int NV, bool Transposed>
-struct Table<1, NV, Transposed> {
-  static Block find(int64_t) { return &block<1, NV, Transposed>; }
-};
+constexpr Count kCount;
 
-template <bool Transposed>
-Block find_block(int64_t rows, int64_t columns) {
-  return columns <= kWidth ? Table<kRows, 1, Transposed>::find(rows) : Table<kRows, 2, Transposed>::find(rows);
+template <int NV, bool Packed, int R = kRows>
+Block find_block(int64_t rows) {
+  if constexpr (R > 1) {
+    if (rows != R) return find_block<NV, Packed, R - 1>(rows);
+  }
+  return &block<R, NV, Packed>;
 }
 
 // Splits [0, n) into the fewest parts of at most `most`, as equal as they come (11 + 11 + 10 instead of 12 + 12 + 8), the
@@ -115,43 +126,58 @@ struct Split {
   int64_t size(int64_t i) const { return small + (i < larger); }
 };
 
+constexpr int64_t whole_registers(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }
+
+// A packed part: kRows channels of n elements of pairs, one after the other, written with whole registers.
+constexpr int64_t kWhole = whole_registers(kRows);
+constexpr int64_t part_size(int64_t n) { return n * kRows + kWhole; }
+
+inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Rows [from, to) of a left operand, if there are so many, on their way to the cache.
+inline void prefetch(const Left &left, int64_t from, int64_t to, int64_t depth) {
+  for (int64_t r = from; r < to; ++r) {
+    const char *row = reinterpret_cast<const char *>(left.at + left.index[r] * left.stride);
+    for (int64_t byte = 0; byte < depth * 4; byte += 64) __builtin_prefetch(row + byte);
+  }
+}
+
 // Blocks of rows times one strip of columns, at most one strip wide.
-template <bool Transposed>
+template <bool Packed>
 struct Strip {
   int64_t columns;
   Split split;
   Block larger, smaller;
-  Strip(int64_t n, int64_t columns)
-      : columns(columns),
-        split(n, kRows),
-        larger(find_block<Transposed>(split.small + 1, columns)),
-        smaller(find_block<Transposed>(split.small, columns)) {}
+  Strip(const Split &split, int64_t columns) : columns(columns), split(split), larger(find(split.small + 1)), smaller(find(split.small)) {}
 
-  void run(const float *a, const float *b, int64_t depth, float *y, const int32_t *rows, int64_t stride) const {
+  // `following`: how many rows the index of `left` still has; those ahead of the blocks are prefetched.
+  void run(Left left, const float *b, int64_t depth, float *y, const int32_t *rows, int64_t stride, int64_t following = 0) const {
     for (int64_t i = 0; i < split.parts; ++i) {
       const int64_t n = split.size(i);
+      prefetch(left, kAhead, min64(kAhead + n, following), depth);
       const Block f = i < split.larger ? larger : smaller;
       if (columns % kWidth == 0)
-        f(a, b, depth, y, rows, stride);
+        f(left, b, depth, y, rows, stride);
       else
-        run_copied(f, a, b, depth, y, rows, stride, n);
-      if (Transposed)
-        a += n, y += n * stride;
+        run_copied(f, left, b, depth, y, rows, stride, n);
+      if (Packed)
+        left.at += part_size(depth), y += n * stride;
       else
-        a += n * kDepth, rows += n;
+        left.index += n, rows += n, following -= n;
     }
   }
 
+ private:
+  Block find(int64_t rows) const { return columns <= kWidth ? find_block<1, Packed>(rows) : find_block<2, Packed>(rows); }
+
   // A strip that ends inside a register goes through a local copy.
-  void run_copied(Block f, const float *a, const float *b, int64_t depth, float *y, const int32_t *rows, int64_t stride, int64_t n) const {
+  void run_copied(Block f, Left left, const float *b, int64_t depth, float *y, const int32_t *rows, int64_t stride, int64_t n) const {
     float part[kRows * kStrip] = {};
     for (int64_t r = 0; r < n; ++r) memcpy(part + r * kStrip, y + rows[r] * stride, columns * sizeof(float));
-    f(a, b, depth, part, kConsecutive, kStrip);
+    f(left, b, depth, part, kCount.values, kStrip);
     for (int64_t r = 0; r < n; ++r) memcpy(y + rows[r] * stride, part + r * kStrip, columns * sizeof(float));
   }
 };
-
-inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline void copy(const float *from, int64_t n, float *to) {
   int64_t d = 0;
@@ -195,6 +221,12 @@ struct Rows {
     else
       copy(reinterpret_cast<const float *>(address(i, d)), n, to);
   }
+  // Row i, where it lies or, of bfloat16, in `wide`.
+  const float *floats(int64_t i, float *wide) const {
+    if (!matrix.bf16) return reinterpret_cast<const float *>(address(i, 0));
+    widen(halves(i, 0), width, wide);
+    return wide;
+  }
   void prefetch(int64_t i) const {
     const char *row = address(i, 0), *end = row + width * (matrix.bf16 ? 2 : 4);
     for (; row < end; row += 64) __builtin_prefetch(row);
@@ -231,9 +263,9 @@ inline void read_down(const uint16_t *row, const uint16_t *next, int64_t n, floa
 }
 #endif
 
-// Rows [0, n) side by side, kDepth elements apart.
-inline void gather_panel(const Rows &rows, int64_t n, float *to) {
-  for (int64_t i = 0; i < n; ++i, to += kDepth) {
+// Rows [0, n) side by side, `stride` elements apart.
+inline void gather_panel(const Rows &rows, int64_t n, int64_t stride, float *to) {
+  for (int64_t i = 0; i < n; ++i, to += stride) {
     if (i + kAhead < n) rows.prefetch(i + kAhead);
 #if defined(PC3D_BF16)
     read_across(rows.halves(i, 0), rows.width, to);
@@ -243,35 +275,46 @@ inline void gather_panel(const Rows &rows, int64_t n, float *to) {
   }
 }
 
-// Numbers [d, d + n) of row i, of pairs beside those of row i + 1.
-inline void read_rows(const Rows &rows, int64_t i, int64_t end, int64_t d, int64_t n, float *to) {
+// Row i, where it lies or in `wide`; of pairs beside row i + 1, which is none where that is n.
+inline const float *elements_of(const Rows &rows, int64_t i, int64_t n, float *wide) {
 #if defined(PC3D_BF16)
-  read_down(rows.halves(i, d), i + 1 < end ? rows.halves(i + 1, d) : nullptr, n, to);
+  read_down(rows.halves(i, 0), i + 1 < n ? rows.halves(i + 1, 0) : nullptr, rows.width, wide);
+  return wide;
 #else
-  static_cast<void>(end);
-  rows.read(i, d, n, to);
+  static_cast<void>(n);
+  return rows.floats(i, wide);
 #endif
 }
 
-// Rows [0, n) side by side, kDepth numbers apart; pairs are of two rows.
-inline void gather_rows(const Rows &rows, int64_t n, float *to) {
-  for (int64_t i = 0; i < n; i += kPair, to += kDepth) {
-    for (int64_t ahead = i + kAhead; ahead < min64(i + kAhead + kPair, n); ++ahead) rows.prefetch(ahead);
-    read_rows(rows, i, n, 0, rows.width, to);
+inline void prefetch_ahead(const Rows &rows, int64_t i, int64_t end) {
+  for (int64_t ahead = i + kAhead; ahead < min64(i + kAhead + kPair, end); ++ahead) rows.prefetch(ahead);
+}
+
+// Rows [0, n) cut into strips, strip after strip, zero-padded columns; pairs are of two rows. The index goes on to `end`.
+inline void gather_strips(const Rows &rows, int64_t n, int64_t end, float *to) {
+  alignas(64) float wide[kGradColumns];
+  for (int64_t i = 0; i < n; i += kPair, to += kStrip) {
+    prefetch_ahead(rows, i, end);
+    const float *from = elements_of(rows, i, n, wide);
+    float *strip = to;
+    int64_t d = 0;
+    for (; d + kStrip <= rows.width; d += kStrip, strip += elements(n) * kStrip) copy(from + d, kStrip, strip);
+    if (d < rows.width) {
+      memset(strip, 0, kStrip * sizeof(float));
+      copy(from + d, rows.width - d, strip);
+    }
   }
 }
 
-// Rows [0, n) cut into strips, strip after strip, zero-padded columns; pairs are of two rows.
-inline void gather_strips(const Rows &rows, int64_t n, float *to) {
-  for (int64_t i = 0; i < n; i += kPair, to += kStrip) {
-    for (int64_t ahead = i + kAhead; ahead < min64(i + kAhead + kPair, n); ++ahead) rows.prefetch(ahead);
-    float *strip = to;
-    int64_t d = 0;
-    for (; d + kStrip <= rows.width; d += kStrip, strip += elements(n) * kStrip) read_rows(rows, i, n, d, kStrip, strip);
-    if (d < rows.width) {
-      memset(strip, 0, kStrip * sizeof(float));
-      read_rows(rows, i, n, d, rows.width - d, strip);
-    }
+// Rows [0, n) cut into the parts of `split`, part after part; pairs are of two rows. The index goes on to `end`.
+inline void gather_parts(const Rows &rows, const Split &split, int64_t n, int64_t end, float *to) {
+  alignas(64) float wide[kGradRows];
+  for (int64_t i = 0; i < n; i += kPair, to += kRows) {
+    prefetch_ahead(rows, i, end);
+    const float *from = elements_of(rows, i, n, wide), *last = from + rows.width;
+    float *part = to;
+    for (int64_t j = 0; j < split.parts; from += split.size(j++), part += part_size(elements(n)))
+      copy(from, from + kWhole <= last ? kWhole : split.size(j), part);
   }
 }
 
@@ -375,76 +418,66 @@ struct Target {
   }
 };
 
-// The pairs of a tile, panel after panel: kernel offsets ascending, at most kPanelRows pairs of one offset.
-struct Panels {
-  const ConvProduct &p;
-  int64_t first, last;  // granules of the tile
-  int64_t kernel = -1, part = 0, begin = 0, rows = 0;
-  Split split{0, kPanelRows};
-
-  Panels(const ConvProduct &p, int64_t first, int64_t last) : p(p), first(first), last(last) {}
-
-  bool next() {
-    begin += rows;
-    if (++part >= split.parts) {
-      do {
-        if (++kernel == p.kernel_volume) return false;
-        const int64_t *starts = p.starts + kernel * (p.granules + 1);
-        begin = starts[first];
-        split = Split(starts[last] - begin, kPanelRows);
-      } while (split.parts == 0);
-      part = 0;
-    }
-    rows = split.size(part);
-    return true;
-  }
-};
-
 void tile(const ConvProduct &p, int64_t first, int64_t last, int64_t strip_first, int64_t strip_last, float *sums) {
   const int64_t strips = (p.cout + kStrip - 1) / kStrip;
   const Target target(p, first * kGranule, min64(last * kGranule, p.rows), strip_first * kStrip, min64(strip_last * kStrip, p.cout), sums);
   target.start();
-  alignas(64) float panel[kPanelRows * kDepth];
-  Panels now(p, first, last), ahead(p, first, last);
-  ahead.next();
-  while (now.next()) {
-    const bool more = ahead.next();
-    const Strip<false> full(now.rows, kStrip), rest(now.rows, p.cout - (strips - 1) * kStrip);
-    for (int64_t d = 0; d < p.cin; d += kPair * kDepth) {
-      const int64_t channels = min64(p.cin - d, kPair * kDepth);
-      gather_panel({p.x, p.cin, d, channels, p.gather + now.begin}, now.rows, panel);
-      // The first rows of the next panel travel while this one is multiplied.
-      const bool same = d + kPair * kDepth < p.cin;
-      if (same || more) {
-        const Panels &next = same ? now : ahead;
-        const int64_t from = same ? d + kPair * kDepth : 0;
-        const Rows rows{p.x, p.cin, from, min64(p.cin - from, kPair * kDepth), p.gather + next.begin};
-        for (int64_t i = 0; i < min64(next.rows, kAhead); ++i) rows.prefetch(i);
-      }
-      for (int64_t s = strip_first; s < strip_last; ++s) {
-        const float *weights = p.weights + ((now.kernel * strips + s) * elements(p.cin) + d / kPair) * kStrip;
-        (s + 1 < strips ? full : rest).run(panel, weights, elements(channels), target.sums + s * kStrip, p.scatter + now.begin, target.stride);
+  alignas(64) float panel[kPanel];
+  const int64_t stride = whole_registers(min64(elements(p.cin), kDepth));
+  const int64_t most = min64(kPanel / stride / kRows * kRows, kPanelRows);
+  for (int64_t k = 0; k < p.kernel_volume; ++k) {
+    const int64_t *starts = p.starts + k * (p.granules + 1), end = starts[last];
+    const Split panels(end - starts[first], most);
+    for (int64_t i = 0, begin = starts[first]; i < panels.parts; begin += panels.size(i++)) {
+      const Split blocks(panels.size(i), kRows);
+      const Strip<false> full(blocks, kStrip), rest(blocks, p.cout - (strips - 1) * kStrip);
+      for (int64_t d = 0; d < p.cin; d += kPair * kDepth) {
+        const int64_t channels = min64(p.cin - d, kPair * kDepth), depth = elements(channels);
+        Left left{panel, kCount.values, stride};
+        if (p.x.bf16)
+          gather_panel({p.x, p.cin, d, channels, p.gather + begin}, panels.size(i), stride, panel);
+        else
+          left = {static_cast<const float *>(p.x.data) + d, p.gather + begin, p.cin};
+        for (int64_t s = strip_first; s < strip_last; ++s) {
+          const float *weights = p.weights + ((k * strips + s) * elements(p.cin) + d / kPair) * kStrip;
+          const int64_t following = s == strip_first && !p.x.bf16 && depth >= 16 ? end - begin : 0;
+          (s + 1 < strips ? full : rest).run(left, weights, depth, target.sums + s * kStrip, p.scatter + begin, target.stride, following);
+        }
       }
     }
   }
   target.finish();
 }
 
-void weight_grad(const WeightGradPart &p, int64_t first, int64_t last) {
-  memset(p.out + first * p.cout, 0, (last - first) * p.cout * sizeof(float));
-  alignas(64) float panel[kGradPairs * kDepth];
+// Adds the products of the pairs [begin, end) to the rows [first, last) of `out`.
+void add_pairs(const WeightGrad &p, int64_t begin, int64_t end, int64_t first, int64_t last, float *out) {
+  alignas(64) float panel[(kGradRows + kRows - 1) / kRows * part_size(kGradPairs)];
   alignas(64) float strips[kGradPairs * kGradColumns];
-  const Split chunks(p.pairs, kPair * kGradPairs);
-  for (int64_t i = 0, begin = 0; i < chunks.parts; begin += chunks.size(i++)) {
+  const Split chunks(end - begin, kPair * kGradPairs), parts(last - first, kRows);
+  for (int64_t i = 0; i < chunks.parts; begin += chunks.size(i++)) {
     const int64_t n = chunks.size(i);
-    gather_rows({p.x, p.cin, first, last - first, p.in_rows + begin}, n, panel);
+    gather_parts({p.x, p.cin, first, last - first, p.gather + begin}, parts, n, end - begin, panel);
     for (int64_t group = 0; group < p.cout; group += kGradColumns) {
       const int64_t width = min64(p.cout - group, kGradColumns);
-      gather_strips({p.g, p.cout, group, width, p.out_rows + begin}, n, strips);
-      for (int64_t d = 0; d < width; d += kStrip) {
-        const Strip<true> strip(last - first, min64(width - d, kStrip));
-        strip.run(panel, strips + d * elements(n), elements(n), p.out + first * p.cout + group + d, kConsecutive, p.cout);
-      }
+      gather_strips({p.g, p.cout, group, width, p.scatter + begin}, n, end - begin, strips);
+      for (int64_t d = 0; d < width; d += kStrip)
+        Strip<true>(parts, min64(width - d, kStrip))
+            .run({panel, nullptr, 0}, strips + d * elements(n), elements(n), out + first * p.cout + group + d, kCount.values, p.cout);
+    }
+  }
+}
+
+// Offset by offset over so many rows at a time that their features stay in the cache for all offsets, and that the sums of
+// an offset, which do not, are worth fetching.
+void weight_grad(const WeightGrad &p, int64_t kernel_first, int64_t kernel_last, int64_t first, int64_t last) {
+  const int64_t step = 4 + (p.cin + p.cout) / 16;
+  for (int64_t granule = 0; granule < p.granules; granule += step) {
+    const int64_t next = min64(granule + step, p.granules);
+    for (int64_t k = kernel_first; k < kernel_last; ++k) {
+      const int64_t *starts = p.starts + k * (p.granules + 1);
+      float *out = p.out + k * p.cin * p.cout;
+      if (granule == 0) memset(out + first * p.cout, 0, (last - first) * p.cout * sizeof(float));
+      add_pairs(p, starts[granule], starts[next], first, last, out);
     }
   }
 }

@@ -229,7 +229,7 @@ def _weight_grad(
     if kernels is not None:
         out = feat.new_empty(len(offsets) - 1, feat.shape[1], grad.shape[1], dtype=torch.float32)
         left, right = _features(feat), _features(grad.to(feat.dtype))
-        kernels.conv_weight_grad(left, right, in_rows.contiguous(), out_rows.contiguous(), offsets, out)
+        kernels.conv_weight_grad(left, right, *plan, out)
         return out.to(feat.dtype)
     wide = accumulation_dtype(feat.dtype)
     out = feat.new_zeros(len(offsets) - 1, feat.shape[1], grad.shape[1], dtype=wide)

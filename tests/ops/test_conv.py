@@ -117,10 +117,10 @@ def test_bits_do_not_depend_on_threads(kernels, name, cin, cout):
 
 
 def test_weight_gradient_of_many_pairs_does_not_depend_on_threads(kernels):
-    """More pairs under one offset than one task takes: partial sums of chunks are added."""
+    """One offset of many pairs: its input channels are shared out."""
     rows = torch.arange(20_000, dtype=torch.int32)
     kmap = KernelMap(rows.flip(0).contiguous(), rows, torch.tensor([0, len(rows)]), len(rows), len(rows))
-    arguments = operands(kmap, 20, 24)
+    arguments = operands(kmap, 60, 24)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -146,7 +146,7 @@ def test_instruction_sets_agree(kernels, transposed):
     for isa in kernels.conv_isas():
         outs[isa], grads[isa] = torch.empty(kmap.num_out, 40), torch.empty(27, 65, 40)
         kernels.conv_forward(feat, weight, bias, *plan, outs[isa], isa=isa)
-        kernels.conv_weight_grad(feat, outs[isa], kmap.in_rows, kmap.out_rows, kmap.offsets, grads[isa], isa)
+        kernels.conv_weight_grad(feat, outs[isa], *plan, grads[isa], isa)
     with use_backend("reference"):
         expected = sparse_conv(feat, weight, kmap, bias)
     for isa, out in outs.items():
@@ -237,7 +237,7 @@ def test_instruction_sets_agree_on_bfloat16(kernels, name, cin, cout):
     for isa in reversed(kernels.conv_isas(bf16=True)):
         out, grad = torch.empty(kmap.num_out, cout, dtype=torch.bfloat16), torch.empty(weight.shape)
         kernels.conv_forward(feat, weight.float(), bias.float(), *plan, out, isa=isa)
-        kernels.conv_weight_grad(feat, upstream, kmap.in_rows, kmap.out_rows, kmap.offsets, grad, isa)
+        kernels.conv_weight_grad(feat, upstream, *plan, grad, isa)
         assert_close(out.float(), wide, 2**-8)
         expected = grad if expected is None else expected
         assert_close(grad, expected, 1e-5)
