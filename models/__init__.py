@@ -1,5 +1,6 @@
 """Models, one architecture per file (``backbones/``, ``heads/``); importers of published weights in ``convert/``."""
 
+from pc3d.models.backbones.condaformer import ConDaFormer
 from pc3d.models.backbones.litept import LitePT
 from pc3d.models.backbones.pcm import PointCloudMamba
 from pc3d.models.backbones.point_ssm import PointSSM
@@ -11,6 +12,7 @@ from pc3d.models.backbones.stored import StoredLogits
 from pc3d.models.backbones.utonia import Utonia
 
 __all__ = [
+    "ConDaFormer",
     "LitePT",
     "PTv3",
     "PointCloudMamba",

@@ -77,6 +77,33 @@ def convert_state_dict(
     }
 
 
+def load_with_head(
+    checkpoint: Mapping[str, Any],
+    network: nn.Module,
+    head: nn.Module | None,
+    layout: KernelLayout,
+    rename: Sequence[tuple[str, str]],
+    rename_head: Sequence[tuple[str, str]],
+) -> None:
+    """Load a state into a network and its head.
+
+    Args:
+        checkpoint, layout: as for :func:`convert_state_dict`; a leading ``backbone.`` is cut too.
+        rename: to names of the network.
+        rename_head: from published names to names of the head behind ``head.``; without a head these are left out.
+
+    Raises:
+        InputError: as :func:`convert_state_dict`; nothing has been loaded then.
+    """
+    heads = [(pattern, name) if head is not None else (f"{pattern}.*", "") for pattern, name in rename_head]
+    names = [(r"^backbone\.", ""), *rename, *heads, (r"^(?=.)(?!head\.)", "network.")]
+    pair = nn.ModuleDict({"network": network} if head is None else {"network": network, "head": head})
+    try:
+        pair.load_state_dict(convert_state_dict(checkpoint, pair, layout, names))
+    except InputError as error:
+        raise InputError(str(error).replace("ModuleDict", type(network).__name__)) from None
+
+
 def listing(what: str, items: Iterable[str], shown: int = 4) -> list[str]:
     """``["<count> <what> (<first names>)"]``, or nothing without items."""
     names = sorted(items)

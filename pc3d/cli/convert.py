@@ -28,7 +28,9 @@ and test, and as --init_from of a training. Of a jointly trained file (PPT) the 
 
 def main(arguments: list[str]) -> int:
     parser = Parser(
-        "convert", "Convert checkpoints of Pointcept, Sonata, Utonia, LitePT, flemme and Point-MAE.", EXAMPLES
+        "convert",
+        "Convert checkpoints of Pointcept, Sonata, Utonia, LitePT, ConDaFormer, flemme and Point-MAE.",
+        EXAMPLES,
     )
     parser.add_argument("input", metavar="INPUT", help="a published .pth; or a checkpoint of this package to go back")
     parser.add_argument("output", metavar="OUT", help=".safetensors, or .pth to go back")
@@ -94,8 +96,14 @@ def _load(
     state: dict[str, Tensor], task: PointTask, source: Path, layout_name: str | None
 ) -> tuple[KernelLayout | None, bool]:
     """Fill the task's backbone and, if the file has one, its head; the layout of kernels, and whether it had one."""
-    from pc3d.models import PointSSM, PointViT, SparseUNet
-    from pc3d.models.convert import import_point_ssm, import_point_vit, import_pointcept, import_sparse_unet
+    from pc3d.models import ConDaFormer, PointSSM, PointViT, SparseUNet
+    from pc3d.models.convert import (
+        import_condaformer,
+        import_point_ssm,
+        import_point_vit,
+        import_pointcept,
+        import_sparse_unet,
+    )
 
     published = {"seg_head.", "final.", "classifier.", "decoder.final.", "cls_head_finetune.", "convs3."}
     names = [name.removeprefix("module.").removeprefix("backbone.") for name in state]
@@ -105,6 +113,9 @@ def _load(
     try:
         if isinstance(task.backbone, PointViT):
             import_point_vit(state, task.backbone, _head(task) if with_head else None)
+            return None, with_head
+        if isinstance(task.backbone, ConDaFormer):
+            import_condaformer(state, task.backbone, _head(task) if with_head else None)
             return None, with_head
         head, layout = _linear_head(task) if with_head else None, _layout(layout_name)
         if isinstance(task.backbone, SparseUNet):

@@ -1,6 +1,6 @@
 """Layers and contracts shared by models."""
 
-from pc3d.nn.attention import RelativePositionBias, Windows, split_windows, window_attention
+from pc3d.nn.attention import RelativePositionBias, Windows, group_windows, split_windows, window_attention
 from pc3d.nn.backbone import Backbone, FeatureInfo
 from pc3d.nn.rope import Rotation, rotary_frequencies, rotate, rotation
 
@@ -10,6 +10,7 @@ __all__ = [
     "RelativePositionBias",
     "Rotation",
     "Windows",
+    "group_windows",
     "rotary_frequencies",
     "rotate",
     "rotation",

@@ -111,6 +111,23 @@ def split_windows(offsets: Tensor, size: int, equal: bool = False) -> Windows:
     return Windows(rows, slots, tuple((count, length) for length, count in groups.items()))
 
 
+def group_windows(number: Tensor, counts: Tensor) -> Windows:
+    """Windows of points that carry the same number, wherever they lie in the batch; every point fills one slot.
+
+    Args:
+        number: ``(N,)`` int64, the window of each point, below W.
+        counts: ``(W,)`` int64, points of each window.
+    """
+    sorted_counts, by_length = counts.sort(descending=True, stable=True)
+    rank = torch.empty_like(by_length)
+    rank[by_length] = torch.arange(len(by_length), device=rank.device)
+    rows = rank[number].argsort(stable=True)
+    slots = torch.empty_like(rows)
+    slots[rows] = torch.arange(len(rows), device=rows.device)
+    lengths, times = sorted_counts[sorted_counts > 0].unique_consecutive(return_counts=True)
+    return Windows(rows, slots, tuple(zip(times.tolist(), lengths.tolist(), strict=True)))
+
+
 def window_attention(
     q: Tensor,
     k: Tensor,
@@ -128,7 +145,7 @@ def window_attention(
     gets depends on nothing but its own windows.
 
     Args:
-        q, k, v: ``(N, H, D)`` rows in the order of the points.
+        q, k, v: ``(N, H, D)`` rows in the order of the points; ``v`` may be narrower, ``(N, H, E)``.
         windows: which points see each other.
         bias: added to the scores, computed for some windows at a time, and again in the backward pass.
         rope: rotates queries and keys first.
@@ -138,7 +155,7 @@ def window_attention(
             if they can run, else ``padded``.
 
     Returns:
-        ``(N, H, D)``, in float32 where ``upcast``; empty input gives empty output.
+        ``(N, H, E)``, in float32 where ``upcast``; empty input gives empty output.
 
     Raises:
         InputError: if a backend is asked for that cannot run here, or with these options.
@@ -185,7 +202,7 @@ class RelativePositionBias(nn.Module):
         return bias.permute(0, 3, 1, 2)
 
 
-# Backends: q, k, v (N, H, D) -> results of all slots (S, H, D) -------------------------------------------------------
+# Backends: q, k (N, H, D), v (N, H, E) -> results of all slots (S, H, E) ----------------------------------------------
 
 
 def _choose(q: Tensor, windows: Windows, bias: WindowBias | None) -> str:
@@ -196,11 +213,12 @@ def _choose(q: Tensor, windows: Windows, bias: WindowBias | None) -> str:
 
 
 def _by_kernels(q: Tensor, k: Tensor, v: Tensor, windows: Windows, bias: WindowBias | None, scale: float) -> Tensor:
-    """Of all points ``(N, H, D)`` already."""
+    """Of all points ``(N, H, E)`` already."""
     if bias is not None or not on_attention_kernels(q):
         problem = "it takes no bias" if bias is not None else f"not for {q.dtype} on {q.device.type}, or not built"
         raise InputError(f"attention: backend 'kernels' cannot run: {problem}; use 'padded'")
-    return attend(q, k, v, windows.rows, windows.slots, windows.groups, scale)
+    values = F.pad(v, (0, q.shape[-1] - v.shape[-1]))  # the kernels know one width
+    return attend(q, k, values, windows.rows, windows.slots, windows.groups, scale)[..., : v.shape[-1]]
 
 
 def _padded(q: Tensor, k: Tensor, v: Tensor, windows: Windows, bias: WindowBias | None, scale: float) -> Tensor:

@@ -13,7 +13,7 @@ from pc3d.voxels import Voxels
 
 
 class VoxelBatchNorm(nn.BatchNorm1d):
-    """Batch normalisation over voxels, with the constants of Pointcept's sparse networks.
+    """Batch normalisation over voxels; the default constants are those of Pointcept's sparse networks.
 
     Raises:
         InputError: in training mode with fewer than two voxels, which have no variance.
@@ -21,8 +21,8 @@ class VoxelBatchNorm(nn.BatchNorm1d):
 
     rows = "voxels"  # what an error calls them
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, eps=1e-3, momentum=0.01)
+    def __init__(self, channels: int, eps: float = 1e-3, momentum: float = 0.01) -> None:
+        super().__init__(channels, eps=eps, momentum=momentum)
 
     def forward(self, feat: Tensor) -> Tensor:
         if self.training and len(feat) < 2:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pc3d.data.transforms import RandomFlip, RandomRotateTargetAngle, RandomScale, Transform
 
-TestAugmentation = Literal["scannet", "s3dis", "scaling"]
+TestAugmentation = Literal["scannet", "s3dis", "turns", "scaling"]
 
 
 def scannet_augmentations() -> list[list[Transform]]:
@@ -15,8 +15,15 @@ def scannet_augmentations() -> list[list[Transform]]:
 
     Source: Pointcept, PTv3 and SparseUNet test configuration on ScanNet.
     """
-    passes = [[*_turn(quarter), *_scale(scale)] for scale in (1.0, 0.95, 1.05) for quarter in range(4)]
-    return [*passes, _flip()]
+    return [*turns_augmentations(), _flip()]
+
+
+def turns_augmentations() -> list[list[Transform]]:
+    """Twelve passes: four quarter turns about z, each at scale 1, 0.95 and 1.05.
+
+    Source: Point Transformer V2 and ConDaFormer test configuration on S3DIS.
+    """
+    return [[*_turn(quarter), *_scale(scale)] for scale in (1.0, 0.95, 1.05) for quarter in range(4)]
 
 
 def s3dis_augmentations() -> list[list[Transform]]:
@@ -50,6 +57,7 @@ def _flip() -> list[Transform]:
 _PRESETS: dict[str, Callable[[], list[list[Transform]]]] = {
     "scannet": scannet_augmentations,
     "s3dis": s3dis_augmentations,
+    "turns": turns_augmentations,
     "scaling": scaling_augmentations,
 }
 

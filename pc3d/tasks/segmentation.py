@@ -47,7 +47,7 @@ class SemanticSegmentation(ClassTask):
         freeze: regular expressions; parameters whose name matches are not trained, modules frozen whole stay in eval
             mode.
         test_augmentations: lists of transforms, one pass each; or the published ``scannet`` (13), ``s3dis``
-            (10) or, for objects, ``scaling`` (10); default the plain cloud.
+            (10), ``turns`` (12) or, for objects, ``scaling`` (10); default the plain cloud.
         fragments_per_pass: fragments in one forward pass of the test step.
         test_crop: cut what has more points into tiles before each pass, outside training, see
             :func:`~pc3d.tasks.tiles.in_tiles`; None never does.

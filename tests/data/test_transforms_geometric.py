@@ -11,6 +11,7 @@ from pc3d.data.transforms import (
     CenterShift,
     ElasticDistortion,
     PointClip,
+    PositiveShift,
     RandomFlip,
     RandomJitter,
     RandomRotate,
@@ -220,3 +221,10 @@ def test_point_range_is_checked() -> None:
         PointClip([0, 0, 0, 1, -1, 1])
     with pytest.raises(InputError, match="point_range must be"):
         PointClip([0, 0, 0])
+
+
+def test_positive_shift_keeps_the_true_place() -> None:
+    shifted = PositiveShift()(Points(torch.tensor([[3.0, -2.0, 5.0], [4.0, 7.0, 1.0]])))
+    assert shifted.coord.tolist() == [[0.0, 0.0, 4.0], [1.0, 9.0, 0.0]]
+    assert shifted.meta[0]["origin"] == (3.0, -2.0, 1.0)
+    assert PositiveShift()(Points(torch.zeros(0, 3))).num_points == 0

@@ -187,4 +187,5 @@ def test_published_augmentations() -> None:
     torch.testing.assert_close(torch.tensor(apply(s3dis_augmentations(), [1.0, 2.0, 3.0])), torch.tensor(s3dis))
     assert len(augmentation_passes("scannet")) == 13
     assert len(augmentation_passes("s3dis")) == 10
+    assert len(augmentation_passes("turns")) == 12
     assert augmentation_passes(None) == [[]]

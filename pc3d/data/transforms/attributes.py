@@ -162,15 +162,20 @@ class HeightAboveLowest(CloudTransform):
 
 
 class DropAttribute(CloudTransform):
-    """With probability ``p`` set an attribute of a whole cloud to 0, so that a model does not rely on it alone."""
+    """With probability ``p`` set an attribute of a whole cloud to ``value``: a model shall not rely on it alone.
 
-    def __init__(self, name: str, p: float = 0.2) -> None:
+    Some recipes drop colors after scaling them to -1..1: before scaling, their 0 is ``value=127.5``.
+    """
+
+    def __init__(self, name: str, p: float = 0.2, value: float = 0.0) -> None:
         self.name = name
         self.p = p
+        self.value = value
 
     def apply(self, cloud: Points, generator: torch.Generator | None) -> Points:
         values = cloud.get(self.name)
-        return cloud.with_attrs(**{self.name: torch.zeros_like(values)}) if chance(self.p, generator) else cloud
+        dropped = torch.full_like(values, self.value)
+        return cloud.with_attrs(**{self.name: dropped}) if chance(self.p, generator) else cloud
 
 
 class EstimateNormals(CloudTransform):

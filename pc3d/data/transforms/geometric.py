@@ -40,6 +40,16 @@ class CenterShift(CloudTransform):
         return cloud.replace(coord=cloud.coord - shift, meta=[_moved_origin(cloud.meta[0], shift)])
 
 
+class PositiveShift(CloudTransform):
+    """Put the lowest corner of a cloud's box at x = y = z = 0; ``origin`` in meta moves along."""
+
+    def apply(self, cloud: Points, generator: torch.Generator | None) -> Points:
+        if cloud.num_points == 0:
+            return cloud
+        shift = cloud.coord.amin(0)
+        return cloud.replace(coord=cloud.coord - shift, meta=[_moved_origin(cloud.meta[0], shift)])
+
+
 def _moved_origin(meta: dict[str, Any], shift: Tensor) -> dict[str, Any]:
     origin = meta.get("origin", (0.0, 0.0, 0.0))
     return {**meta, "origin": tuple(o + s for o, s in zip(origin, shift.tolist(), strict=True))}
