@@ -1,10 +1,12 @@
 """Models, one architecture per file (``backbones/``, ``heads/``); importers of published weights in ``convert/``."""
 
 from pc3d.models.backbones.condaformer import ConDaFormer
+from pc3d.models.backbones.e3dsnn import E3DSNN
 from pc3d.models.backbones.litept import LitePT
 from pc3d.models.backbones.pcm import PointCloudMamba
 from pc3d.models.backbones.point_ssm import PointSSM
 from pc3d.models.backbones.point_vit import PointViT
+from pc3d.models.backbones.pointsp import PointSP
 from pc3d.models.backbones.ptv3 import PTv3
 from pc3d.models.backbones.sonata import Sonata
 from pc3d.models.backbones.sparse_unet import SparseUNet
@@ -12,10 +14,12 @@ from pc3d.models.backbones.stored import StoredLogits
 from pc3d.models.backbones.utonia import Utonia
 
 __all__ = [
+    "E3DSNN",
     "ConDaFormer",
     "LitePT",
     "PTv3",
     "PointCloudMamba",
+    "PointSP",
     "PointSSM",
     "PointViT",
     "Sonata",

@@ -64,16 +64,17 @@ class SlabRule:
             wide: the axes along which the slabs extend.
             shifted: by half of their size, in every axis.
         """
-        size = position.new_tensor([self.window if axis else 1 for axis in wide])
+        edges = [float(self.window) if axis else 1.0 for axis in wide]
+        size = position.new_tensor(edges)
         place = position - self._lowest(position, offsets)
         if shifted:
             place = place + size / 2
         cells = unique_voxels((place / size).floor().int(), offsets)
-        counts = tuple(min(self.bins, math.ceil(edge / self.step - 1e-4)) for edge in size.tolist())
-        last = torch.tensor(counts, device=position.device) - 1
+        x, y, z = (min(self.bins, math.ceil(edge / self.step - 1e-4)) for edge in edges)
+        last = torch.tensor([x, y, z], device=position.device) - 1
         # A position on the far edge of its window, to rounding, belongs to the last bin.
         bins = ((place % size) / self.step).floor().long().clamp(min=0).minimum(last)
-        return BinnedWindows(group_windows(cells.inverse, cells.counts), bins, counts)  # type: ignore[arg-type]
+        return BinnedWindows(group_windows(cells.inverse, cells.counts), bins, (x, y, z))
 
     def _lowest(self, position: Tensor, offsets: Tensor) -> Tensor:
         if self.origin == "batch":
@@ -144,6 +145,10 @@ class PlaneAttention(nn.Module):
         backend: see :data:`pc3d.nn.attention.Backend`.
     """
 
+    q_table: nn.Parameter
+    k_table: nn.Parameter
+    v_table: nn.Parameter
+
     def __init__(
         self, channels: int, num_heads: int, rule: SlabRule, shifted: bool = False, backend: Backend = "auto"
     ) -> None:
@@ -175,7 +180,7 @@ class PlaneAttention(nn.Module):
         """``(M, H, D)``: the heads of the planes xy, xz and yz, one after the other."""
         tables = self.q_table, self.k_table, self.v_table
         slabs = level.cut(self.rule, self.shifted)
-        thirds = zip(*(t.chunk(3, 1) for t in (q, k, v)), slabs, strict=True)
+        thirds = zip(q.chunk(3, 1), k.chunk(3, 1), v.chunk(3, 1), slabs, strict=True)
         return torch.cat([contextual_attention(*third, *tables, backend=self.backend) for third in thirds], 1)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pc3d.errors import InputError
 from pc3d.nn import Backbone, FeatureInfo
+from pc3d.nn.interpolation import interpolate
 from pc3d.nn.mamba import BidirectionalMamba, MambaBlock, scale_output_layers
 from pc3d.ops.neighbours import farthest_points, knn
 from pc3d.ops.segment import segment_max, segment_mean, segment_sum
@@ -328,7 +329,8 @@ class Decoder(nn.Module):
         """``(N, out_channels)``, rows of the first level."""
         coarse = levels[-1]
         for fine, fuse, extract in zip(levels[-2::-1], self.fuse, self.extract, strict=True):
-            feat = extract(fuse(torch.cat([fine.feat, _interpolate(fine, coarse)], -1)))
+            places = fine.coord, fine.offsets, coarse.coord, coarse.offsets
+            feat = extract(fuse(torch.cat([fine.feat, interpolate(*places, coarse.feat)], -1)))
             coarse = replace(fine, feat=feat)
         maps = zip(self.context_maps, reversed(levels), strict=True)
         context = self.context_end(torch.cat([segment_max(m(level.feat), level.offsets) for m, level in maps], -1))
@@ -403,11 +405,3 @@ def _pooled(level: Level, pool: str) -> Tensor:
     """``(B, C)``."""
     parts = [segment_max] * ("max" in pool) + [segment_mean] * ("mean" in pool)
     return sum((reduce(level.feat, level.offsets) for reduce in parts[1:]), parts[0](level.feat, level.offsets))
-
-
-def _interpolate(fine: Level, coarse: Level) -> Tensor:
-    """Features at ``fine`` from the three nearest coarse points, weighted by inverse squared distance."""
-    rows, distance = knn(fine.coord, fine.offsets, coarse.coord, coarse.offsets, 3)
-    weight = 1 / (distance + 1e-8)  # a missing neighbour is infinitely far
-    weight = weight / weight.sum(1, keepdim=True)
-    return (coarse.feat[rows.clamp(min=0)] * weight[..., None]).sum(1)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from pc3d.errors import InputError
 from pc3d.nn import Backbone, FeatureInfo
+from pc3d.nn.interpolation import interpolate
 from pc3d.nn.patches import sample_centres
 from pc3d.nn.point_ssm import (
     ChannelAttention,
@@ -360,11 +361,7 @@ class Propagation(nn.Module):
 
 
 def _interpolate(fine: Level, coarse: Level, feat: Tensor) -> Tensor:
-    """From the three nearest coarse points, weighted by inverse distance."""
-    rows, squared = knn(fine.coord, fine.offsets, coarse.coord, coarse.offsets, 3)
-    weight = 1 / (squared.sqrt() + 1e-8)  # a missing neighbour is infinitely far
-    weight = weight / weight.sum(1, keepdim=True)
-    return (feat[rows.clamp(min=0)] * weight[..., None]).sum(1)
+    return interpolate(fine.coord, fine.offsets, coarse.coord, coarse.offsets, feat, power=1)
 
 
 @torch.no_grad()

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from pc3d.errors import InputError
 from pc3d.nn import Backbone, FeatureInfo
+from pc3d.nn.interpolation import interpolate
 from pc3d.nn.patches import MiniPointNet, group_patches
 from pc3d.nn.vit import PatchTokens, TransformerBlock
-from pc3d.ops.neighbours import knn
 from pc3d.points import Points
 
 _CATEGORY_CHANNELS = 64
@@ -174,12 +174,9 @@ def _layer(in_channels: int, channels: int) -> nn.Sequential:
 
 
 def _interpolate(points: Points, centres: Tensor, feat: Tensor) -> Tensor:
-    """``(N, C)`` from the three nearest centres, weighted by inverse squared distance (PointNet++, equation 2)."""
+    """``(N, C)`` at the points from ``(B, G, C)`` at the centres."""
     offsets = torch.arange(len(centres) + 1, device=centres.device) * centres.shape[1]
-    rows, distance = knn(points.coord, points.offsets, centres.flatten(0, 1), offsets, 3)
-    weight = 1 / (distance + 1e-8)  # a missing neighbour is infinitely far
-    weight = (weight / weight.sum(1, keepdim=True)).to(feat.dtype)
-    return (feat.flatten(0, 1)[rows.clamp(min=0)] * weight[..., None]).sum(1)
+    return interpolate(points.coord, points.offsets, centres.flatten(0, 1), offsets, feat.flatten(0, 1))
 
 
 def _initialise(module: nn.Module) -> None:

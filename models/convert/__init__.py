@@ -1,6 +1,7 @@
 """Published weights of other code bases to and from the models of this package."""
 
 from pc3d.models.convert.condaformer import import_condaformer
+from pc3d.models.convert.e3dsnn import import_e3dsnn
 from pc3d.models.convert.kernels import KernelLayout
 from pc3d.models.convert.pcm import import_point_cloud_mamba
 from pc3d.models.convert.point_ssm import import_point_ssm
@@ -16,6 +17,7 @@ __all__ = [
     "export_pointcept",
     "export_sparse_unet",
     "import_condaformer",
+    "import_e3dsnn",
     "import_point_cloud_mamba",
     "import_point_ssm",
     "import_point_vit",

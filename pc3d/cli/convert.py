@@ -29,7 +29,7 @@ and test, and as --init_from of a training. Of a jointly trained file (PPT) the 
 def main(arguments: list[str]) -> int:
     parser = Parser(
         "convert",
-        "Convert checkpoints of Pointcept, Sonata, Utonia, LitePT, ConDaFormer, flemme and Point-MAE.",
+        "Convert checkpoints of Pointcept, Sonata, Utonia, LitePT, ConDaFormer, E-3DSNN, flemme and Point-MAE.",
         EXAMPLES,
     )
     parser.add_argument("input", metavar="INPUT", help="a published .pth; or a checkpoint of this package to go back")
@@ -96,9 +96,10 @@ def _load(
     state: dict[str, Tensor], task: PointTask, source: Path, layout_name: str | None
 ) -> tuple[KernelLayout | None, bool]:
     """Fill the task's backbone and, if the file has one, its head; the layout of kernels, and whether it had one."""
-    from pc3d.models import ConDaFormer, PointSSM, PointViT, SparseUNet
+    from pc3d.models import E3DSNN, ConDaFormer, PointSSM, PointViT, SparseUNet
     from pc3d.models.convert import (
         import_condaformer,
+        import_e3dsnn,
         import_point_ssm,
         import_point_vit,
         import_pointcept,
@@ -116,6 +117,9 @@ def _load(
             return None, with_head
         if isinstance(task.backbone, ConDaFormer):
             import_condaformer(state, task.backbone, _head(task) if with_head else None)
+            return None, with_head
+        if isinstance(task.backbone, E3DSNN):
+            import_e3dsnn(state, task.backbone, _head(task) if with_head else None)
             return None, with_head
         head, layout = _linear_head(task) if with_head else None, _layout(layout_name)
         if isinstance(task.backbone, SparseUNet):
