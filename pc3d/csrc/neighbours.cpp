@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "array.h"
+#include "isa.h"
 #include "module.h"
 #include "neighbours_kernels.h"
 #include "parallel.h"
@@ -49,21 +50,9 @@ constexpr int64_t kLeastCapacity = 2048;   // candidates that queries share
 constexpr int kMostAxisBits = 14;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-std::vector<const NeighbourKernels *> usable_kernels() {
-  std::vector<const NeighbourKernels *> usable;
-#if defined(__x86_64__) || defined(__i386__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && neighbour_kernels_avx2()) usable.push_back(neighbour_kernels_avx2());
-#endif
-  usable.push_back(neighbour_kernels_generic());
-  return usable;
-}
-
-const NeighbourKernels &find_kernels(const std::string &isa) {
-  static const std::vector<const NeighbourKernels *> usable = usable_kernels();
-  for (const NeighbourKernels *kernels : usable)
-    if (isa.empty() || isa == kernels->name) return *kernels;
-  throw std::invalid_argument("no neighbour kernels for instruction set " + isa);
+const std::vector<const NeighbourKernels *> &usable() {
+  static const auto kernels = usable_kernels<NeighbourKernels>(nullptr, neighbour_kernels_avx2(), neighbour_kernels_generic());
+  return kernels;
 }
 
 void check_offsets(const Array<const int64_t, 1> &offsets, int64_t rows) {
@@ -216,17 +205,17 @@ void knn(Array<const float, 2> query, Array<const int64_t, 1> query_offsets, Arr
          Array<const int64_t, 1> offsets, float limit, Array<int64_t, 2> rows, Array<float, 2> distances, const std::string &isa) {
   if (rows.shape(0) != query.shape(0) || distances.shape(0) != query.shape(0) || distances.shape(1) != rows.shape(1))
     throw std::invalid_argument("queries and results do not fit each other");
-  search_clouds(find_kernels(isa), query, query_offsets, coord, offsets, rows.shape(1), limit, rows.data(), distances.data(), nullptr);
+  search_clouds(find_kernels(usable(), isa), query, query_offsets, coord, offsets, rows.shape(1), limit, rows.data(), distances.data(), nullptr);
 }
 
 void near_rows(Array<const float, 2> coord, Array<const int64_t, 1> offsets, Array<int32_t, 2> rows) {
   if (rows.shape(0) != coord.shape(0) || rows.shape(0) > kNobody) throw std::invalid_argument("points and results do not fit each other");
-  search_clouds(find_kernels(""), coord, offsets, coord, offsets, rows.shape(1), kInfinity, nullptr, nullptr, rows.data());
+  search_clouds(find_kernels(usable(), ""), coord, offsets, coord, offsets, rows.shape(1), kInfinity, nullptr, nullptr, rows.data());
 }
 
 void normals(Array<const float, 2> coord, Array<const int64_t, 1> offsets, Array<const int32_t, 2> neighbours,
              Array<const float, 2> centers, Array<float, 2> out, const std::string &isa) {
-  const NeighbourKernels &kernels = find_kernels(isa);
+  const NeighbourKernels &kernels = find_kernels(usable(), isa);
   const int64_t rows = coord.shape(0), k = neighbours.shape(1);
   check_offsets(offsets, rows);
   if (coord.shape(1) != 3 || out.shape(1) != 3 || static_cast<int64_t>(neighbours.shape(0)) != rows || static_cast<int64_t>(out.shape(0)) != rows ||
@@ -265,7 +254,7 @@ void sample_cloud(const NeighbourKernels &kernels, const float *coord, int64_t p
 
 void farthest_points(Array<const float, 2> coord, Array<const int64_t, 1> offsets, Array<const int64_t, 1> sampled,
                      Array<const int64_t, 1> starts, Array<int64_t, 1> out, const std::string &isa) {
-  const NeighbourKernels &kernels = find_kernels(isa);
+  const NeighbourKernels &kernels = find_kernels(usable(), isa);
   const int64_t clouds = static_cast<int64_t>(offsets.shape(0)) - 1;
   if (coord.shape(1) != 3 || sampled.shape(0) != offsets.shape(0) || static_cast<int64_t>(starts.shape(0)) != clouds)
     throw std::invalid_argument("points and samples do not fit each other");
@@ -285,16 +274,10 @@ void farthest_points(Array<const float, 2> coord, Array<const int64_t, 1> offset
   });
 }
 
-std::vector<std::string> neighbour_isas() {
-  std::vector<std::string> names;
-  for (const NeighbourKernels *kernels : usable_kernels()) names.push_back(kernels->name);
-  return names;
-}
-
 }  // namespace
 
 void register_neighbours(nb::module_ &m) {
-  m.def("neighbour_isas", &neighbour_isas, "Instruction sets of the neighbour kernels usable here, fastest first.");
+  m.def("neighbour_isas", [] { return names_of(usable()); }, "Instruction sets of the neighbour kernels usable here, fastest first.");
   m.def("knn", &knn, nb::arg("query"), nb::arg("query_offsets"), nb::arg("coord"), nb::arg("offsets"), nb::arg("limit"),
         nb::arg("rows"), nb::arg("distances"), nb::arg("isa") = "",
         "Rows of the k nearest points of the same cloud, ascending by squared distance (at most `limit`); -1 where there are fewer.");

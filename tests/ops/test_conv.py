@@ -100,9 +100,12 @@ def test_the_fast_path_is_taken(kernels, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["submanifold", "overlapping", "up"])
-@pytest.mark.parametrize(("cin", "cout"), [(4, 32), (33, 31), (64, 64)])
-def test_bits_do_not_depend_on_threads(kernels, name, cin, cout):
-    arguments = operands(MAPS[name], cin, cout)
+@pytest.mark.parametrize(
+    ("cin", "cout", "dtype"),
+    [(4, 32, torch.float32), (33, 31, torch.float32), (64, 64, torch.float32), (33, 40, torch.bfloat16)],
+)
+def test_bits_do_not_depend_on_threads(kernels, name, cin, cout, dtype):
+    arguments = operands(MAPS[name], cin, cout, dtype)
     before = torch.get_num_threads()
     results = []
     try:
