@@ -19,7 +19,7 @@ namespace pc3d {
 namespace PC3D_ISA {
 
 constexpr int64_t kWidth = PC3D_WIDTH, kRows = PC3D_ROWS, kStrip = 2 * kWidth;
-constexpr int64_t kDepth = 256;        // elements of one pass: a strip of weights fills half of the first-level cache
+constexpr int64_t kDepth = 2048 / kWidth;  // elements of one pass: a strip of weights takes 16 KiB, half of a first-level cache
 constexpr int64_t kPanel = 60 * 256;   // elements gathered before the next strip of columns, at most, and
 constexpr int64_t kPanelRows = 504;    // rows
 constexpr int64_t kGradRows = 128;     // rows of a weight gradient made together, from
