@@ -13,6 +13,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from pc3d.errors import InputError
+from pc3d.nn.adaptable import Adaptable
 from pc3d.nn.attention import Backend
 from pc3d.nn.mlp import MLP, DropPath
 from pc3d.nn.norm import PointBatchNorm, PointLayerNorm
@@ -58,7 +59,7 @@ class CellRope(nn.Module):
         return level.cache[self.key]
 
 
-class HybridBlock(nn.Module):
+class HybridBlock(Adaptable, nn.Module):
     """A convolution with a residual, an attention and an MLP branch, or both.
 
     Without a convolution, a layer norm replaces the features before the attention: published, and no residual.
@@ -80,6 +81,7 @@ class HybridBlock(nn.Module):
         mlp_ratio: float = 4.0,
     ) -> None:
         super().__init__()
+        self.make_adaptable(channels)
         self.conv: nn.ModuleList | None = None
         if conv:
             self.conv = nn.ModuleList(
@@ -93,7 +95,7 @@ class HybridBlock(nn.Module):
             self.mlp = nn.Sequential(MLP(channels, int(channels * mlp_ratio)))
             self.drop_path = DropPath(drop_path)
 
-    def forward(self, tokens: Tokens) -> Tokens:
+    def run(self, tokens: Tokens) -> Tokens:
         feat, level = tokens.feat, tokens.level
         if self.conv is not None:
             conv, linear, norm = self.conv

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from pc3d.errors import InputError
 from pc3d.nn import Backbone, FeatureInfo
+from pc3d.nn.adaptable import Adaptable
 from pc3d.nn.interpolation import interpolate
 from pc3d.nn.patches import MiniPointNet, group_patches
 from pc3d.nn.vit import PatchTokens, TransformerBlock
@@ -23,7 +24,7 @@ from pc3d.points import Points
 _CATEGORY_CHANNELS = 64
 
 
-class PointViT(Backbone):
+class PointViT(Adaptable, Backbone):
     """Encoder of Point-MAE with a class token, or with its part segmentation decoder.
 
     Clouds need at least as many points as there are patches, and as a patch has; they may differ in size.
@@ -60,13 +61,14 @@ class PointViT(Backbone):
         ignore_origin: bool = False,
     ) -> None:
         super().__init__()
+        self.make_adaptable(channels)
         if in_channels < 3:
             raise InputError(f"PointViT.in_channels: {in_channels}; the coordinates come first, they alone are 3")
         if not stages or list(stages) != sorted(set(stages)) or not 0 <= stages[0] <= stages[-1] < depth:
             raise InputError(f"PointViT.stages: {list(stages)} must rise within the {depth} blocks, 0..{depth - 1}")
         if categories and decoder is None:
             raise InputError("PointViT.categories: only a decoder makes use of them")
-        self.in_channels, self.channels, self.stages = in_channels, channels, tuple(stages)
+        self.in_channels, self.stages = in_channels, tuple(stages)
         self.patch_count, self.patch_points, self.ignore_origin = patches, patch_points, ignore_origin
         self.encoder = MiniPointNet(in_channels, encoder_channels or channels)
         self.reduce_dim = nn.Linear(encoder_channels, channels) if encoder_channels else nn.Identity()
@@ -88,7 +90,7 @@ class PointViT(Backbone):
             self.decoder = PatchDecoder(len(stages) * channels, decoder, categories)
             self.out_channels = decoder[-1]
 
-    def forward(self, points: Points) -> Tensor:
+    def run(self, points: Points) -> Tensor:
         tokens = self.tokens(points)
         if self.decoder is None:
             feat = self.norm(self.encode(tokens).feat)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pc3d.errors import InputError
 from pc3d.nn import Backbone, FeatureInfo
+from pc3d.nn.adaptable import Adaptable
 from pc3d.nn.norm import Condition, ConditionalNorm, check_default, condition_of
 from pc3d.points import Points
 from pc3d.sparse import (
@@ -43,7 +44,7 @@ class ConditionalVoxelNorm(ConditionalNorm, SparseModule):
 NormFactory = Callable[[int], nn.Module]
 
 
-class BasicBlock(SparseModule):
+class BasicBlock(Adaptable, SparseModule):
     """``ReLU(BN(conv(ReLU(BN(conv(x))))) + P(x))`` with 3^3 submanifold convolutions.
 
     ``P`` is the identity, or a 1^3 convolution with BN where the width changes.
@@ -51,6 +52,7 @@ class BasicBlock(SparseModule):
 
     def __init__(self, in_channels: int, out_channels: int, norm: NormFactory = VoxelBatchNorm) -> None:
         super().__init__()
+        self.make_adaptable(out_channels)
         self.proj = SparseSequential()
         if in_channels != out_channels:
             self.proj.extend([SubMConv3d(in_channels, out_channels, 1, bias=False), norm(out_channels)])
@@ -60,7 +62,7 @@ class BasicBlock(SparseModule):
         self.bn2 = norm(out_channels)
         self.relu = nn.ReLU()
 
-    def forward(self, voxels: Voxels) -> Voxels:
+    def run(self, voxels: Voxels) -> Voxels:
         out = conv_norm_act(self.conv1, voxels, self.bn1, self.relu)
         return conv_norm_act(self.conv2, out, self.bn2, self.relu, residual=self.proj(voxels).feat)
 

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from pc3d.errors import InputError
 from pc3d.models.backbones.point_vit import PointViT
+from pc3d.models.convert.peft import adapter_state
 from pc3d.models.convert.state_dict import listing
+from pc3d.nn.adaptable import AdapterPart
 
 _NAMES = [
     (r"^(encoder|reduce_dim|pos_embed|norm|cls_token|cls_pos)(?=\.|$)", r"network.\1"),
@@ -25,7 +27,7 @@ _NAMES = [
     (r"^convs3\.", "head.linear."),
 ]
 _OF_PRETRAINING = r"^(mask_token|decoder_pos_embed\.|MAE_decoder\.|increase_dim\.|lm_head\.|cls_head\.)"
-_NOT_PRETRAINED = r"^(network\.(cls_token|cls_pos)$|network\.decoder\.|head\.)"
+_NOT_PRETRAINED = r"^(network\.(cls_token|cls_pos)$|network\.decoder\.|network\.(.+\.)?adapt(ers|ed)\.|head\.)"
 
 
 def import_point_vit(checkpoint: Mapping[str, Any], network: PointViT, head: nn.Module | None = None) -> list[str]:
@@ -38,7 +40,8 @@ def import_point_vit(checkpoint: Mapping[str, Any], network: PointViT, head: nn.
             segmentation; None leaves the published head out.
 
     Returns:
-        Names that keep their values: what a pre-training does not have (class token of Point-MAE, decoder, head).
+        Names that keep their values: what a pre-training does not have (class token of Point-MAE, decoder, head, an
+        adapter of the network). A fine-tuned file has the adapter that is attached, or none if none is.
 
     Raises:
         InputError: if other names are missing or left over, or shapes differ; lists them, and nothing has been loaded
@@ -51,6 +54,10 @@ def import_point_vit(checkpoint: Mapping[str, Any], network: PointViT, head: nn.
     if any(name.startswith("transformer_q.") for name in plain):
         plain = {name: value for name, value in plain.items() if name.startswith("transformer_q.")}
     stored = {}
+    adapters = {} if pretrained else dict(network.adapters.items())
+    for name, part in adapters.items():
+        assert isinstance(part, AdapterPart)
+        plain = adapter_state(plain, name, part)
     for name, value in plain.items():
         ours = re.sub(r"^(MAE_encoder|transformer_q)\.", "", name)
         if pretrained and re.match(_OF_PRETRAINING, ours):
@@ -87,4 +94,6 @@ def _classifier(index: int, head: nn.Module | None) -> str:
 
 def _without_kernel(value: Tensor) -> Tensor:
     """1x1 convolutions are linear layers here; tokens keep their axes."""
+    if value.ndim == 4 and value.shape[2:] == (1, 1):
+        return value[..., 0, 0]
     return value[..., 0] if value.ndim == 3 and value.shape[0] > 1 and value.shape[2] == 1 else value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -36,6 +36,14 @@ class Backbone(nn.Module, Configurable, abc.ABC):
     in_channels: int
     out_channels: int
     feature_info: list[FeatureInfo]
+    kept_in_eval: Sequence[nn.Module] = ()
+    """Modules that stay in eval mode, whatever mode the rest is in: see :func:`pc3d.peft.attach`."""
+
+    def train(self, mode: bool = True) -> Backbone:
+        super().train(mode)
+        for module in self.kept_in_eval:
+            module.eval()
+        return self
 
     @abc.abstractmethod
     def forward(self, points: Points) -> Tensor:

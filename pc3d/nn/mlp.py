@@ -5,17 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pc3d.nn.adaptable import Adaptable
 
-class MLP(nn.Module):
+
+class MLP(Adaptable, nn.Module):
     """``W2 GELU(W1 x + b1) + b2`` on ``(N, C)`` rows."""
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
+        self.make_adaptable(channels)
         self.fc1 = nn.Linear(channels, hidden)
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden, channels)
 
-    def forward(self, feat: Tensor) -> Tensor:
+    def run(self, feat: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(feat)))
 
 

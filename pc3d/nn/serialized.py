@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pc3d.errors import InputError
+from pc3d.nn.adaptable import Adaptable
 from pc3d.nn.attention import Backend, RelativePositionBias, Windows, split_windows, window_attention
 from pc3d.nn.backbone import Backbone, FeatureInfo
 from pc3d.nn.mamba import BidirectionalMamba
@@ -210,7 +211,7 @@ class SerializedMamba(nn.Module):
         return level.serialization[self.order % len(level.serialization)]
 
 
-class SerializedBlock(nn.Module):
+class SerializedBlock(Adaptable, nn.Module):
     """Convolution as conditional positional encoding, then attention, then MLP, each on a residual branch.
 
     ``block.attn.compile(dynamic=True)`` and ``block.mlp.compile(dynamic=True)`` run through torch.compile without a
@@ -239,6 +240,7 @@ class SerializedBlock(nn.Module):
         refresh_conv: bool = True,
     ) -> None:
         super().__init__()
+        self.make_adaptable(channels)
         self.refresh_conv = refresh_conv
         self.cpe = nn.ModuleList([SubMConv3d(channels, channels), nn.Linear(channels, channels), norm(channels)])
         self.norm1 = ConditionalSequential(norm(channels))
@@ -252,7 +254,7 @@ class SerializedBlock(nn.Module):
             self.ls2 = nn.Sequential(LayerScale(channels, layer_scale))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, tokens: Tokens) -> Tokens:
+    def run(self, tokens: Tokens) -> Tokens:
         level = tokens.level
         seen = tokens.feat if tokens.conv_feat is None else tokens.conv_feat
         conv, linear, norm = self.cpe

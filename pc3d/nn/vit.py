@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pc3d.errors import InputError
+from pc3d.nn.adaptable import Adaptable
 from pc3d.nn.mlp import MLP, DropPath
 
 
@@ -50,18 +51,19 @@ class SelfAttention(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class TransformerBlock(nn.Module):
+class TransformerBlock(Adaptable, nn.Module):
     """Pre-norm block; the position is added to its input, and so again before every block."""
 
     def __init__(self, channels: int, num_heads: int, mlp_ratio: float, drop_path: float) -> None:
         super().__init__()
+        self.make_adaptable(channels)
         self.norm1 = nn.LayerNorm(channels)
         self.attn = SelfAttention(channels, num_heads)
         self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(channels)
         self.mlp = MLP(channels, int(channels * mlp_ratio))
 
-    def forward(self, tokens: PatchTokens) -> PatchTokens:
+    def run(self, tokens: PatchTokens) -> PatchTokens:
         x = tokens.feat + tokens.position
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return replace(tokens, feat=x + self.drop_path(self.mlp(self.norm2(x))))

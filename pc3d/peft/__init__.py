@@ -1,1 +1,47 @@
+"""Parameter-efficient fine-tuning of any backbone: adapters that train while the pre-trained weights stay."""
 
+from pc3d.peft.adaptation import (
+    Adaptation,
+    ParameterCounts,
+    attach,
+    attached,
+    count_parameters,
+    detach,
+    disabled,
+    merge,
+    use,
+)
+from pc3d.peft.blocks import Bottleneck, Combined, Prompts
+from pc3d.peft.dapt import DAPT
+from pc3d.peft.files import base_state, fingerprint, load_adapter, save_adapter
+from pc3d.peft.idpt import IDPT
+from pc3d.peft.lora import LoRA
+from pc3d.peft.pointgst import PointGST
+from pc3d.peft.selective import BitFit, LinearProbe, NormTuning, ScaleShift
+
+__all__ = [
+    "DAPT",
+    "IDPT",
+    "Adaptation",
+    "BitFit",
+    "Bottleneck",
+    "Combined",
+    "LinearProbe",
+    "LoRA",
+    "NormTuning",
+    "ParameterCounts",
+    "PointGST",
+    "Prompts",
+    "ScaleShift",
+    "attach",
+    "attached",
+    "base_state",
+    "count_parameters",
+    "detach",
+    "disabled",
+    "fingerprint",
+    "load_adapter",
+    "merge",
+    "save_adapter",
+    "use",
+]

@@ -81,7 +81,7 @@ def _apply(layer: nn.Module | None, voxels: Voxels) -> Voxels:
 def _fixed(norm: nn.Module | None) -> bool:
     if norm is None:
         return True
-    known = type(norm) in (nn.BatchNorm1d, VoxelBatchNorm)
+    known = type(norm).forward in (nn.BatchNorm1d.forward, VoxelBatchNorm.forward)  # classes of adapted ones differ
     return known and not norm.training and norm.running_var is not None and not _hooked(norm)
 
 

@@ -22,6 +22,7 @@ from pc3d.errors import InputError
 from pc3d.losses import CrossEntropy, Loss, WeightedLoss
 from pc3d.metrics import SegmentationMetrics
 from pc3d.nn.backbone import Backbone
+from pc3d.peft import Adaptation, attach
 from pc3d.points import Points
 from pc3d.tasks.checkpoint import CARD, check_card, check_weights, data_entries, make_card
 from pc3d.tasks.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule, freeze_parameters
@@ -42,6 +43,7 @@ class PointTask(pl.LightningModule, Configurable):
         schedule: learning rate over the optimizer steps.
         ema_decay: keep a moving average of the weights with this decay per step; it is what is validated, tested and
             exported.
+        peft: adapter of the backbone, whose own weights are frozen then; see :mod:`pc3d.peft`.
     """
 
     monitor: ClassVar[tuple[str, str]]
@@ -54,6 +56,7 @@ class PointTask(pl.LightningModule, Configurable):
         optimizer: OptimizerConfig = ADAMW,
         schedule: ScheduleConfig = ONECYCLE,
         ema_decay: float | None = None,
+        peft: Adaptation | None = None,
     ) -> None:
         super().__init__()
         for training_only in ("optimizer", "schedule"):  # a task's config describes a model; the card has these apart
@@ -63,6 +66,8 @@ class PointTask(pl.LightningModule, Configurable):
         if ema_decay is not None and not 0 < ema_decay < 1:
             raise InputError(f"model.ema_decay is {ema_decay}: it must lie between 0 and 1")
         self.backbone = backbone
+        if peft is not None:
+            attach(backbone, peft)
         self.class_names = list(class_names)
         self.optimizer_config = optimizer
         self.schedule_config = schedule
@@ -202,7 +207,7 @@ class ClassTask(PointTask):
 
     Args:
         criteria: losses, summed (each holds its own ``loss_weight``), default cross-entropy.
-        backbone, class_names, optimizer, schedule, ema_decay: see :class:`PointTask`.
+        backbone, class_names, optimizer, schedule, ema_decay, peft: see :class:`PointTask`.
     """
 
     metrics_class: ClassVar[type[SegmentationMetrics]] = SegmentationMetrics
@@ -215,8 +220,9 @@ class ClassTask(PointTask):
         optimizer: OptimizerConfig = ADAMW,
         schedule: ScheduleConfig = ONECYCLE,
         ema_decay: float | None = None,
+        peft: Adaptation | None = None,
     ) -> None:
-        super().__init__(backbone, class_names, optimizer, schedule, ema_decay)
+        super().__init__(backbone, class_names, optimizer, schedule, ema_decay, peft)
         self.criteria = nn.ModuleList(criteria or [CrossEntropy()])
         self.train_metrics = self.metrics_class(len(class_names))
         self.val_metrics = self.metrics_class(len(class_names))

@@ -18,6 +18,7 @@ from pc3d.losses import Loss
 from pc3d.metrics import ClassificationMetrics, ClassificationScores
 from pc3d.metrics.classification import overall_accuracy
 from pc3d.nn.backbone import Backbone
+from pc3d.peft import Adaptation
 from pc3d.points import Points
 from pc3d.tasks.augmentations import TestAugmentation, augmentation_passes
 from pc3d.tasks.base import ADAMW, ONECYCLE, ClassTask
@@ -39,7 +40,7 @@ class Classification(ClassTask):
         head: features to logits, default one linear layer.
         criteria: losses, summed (each holds its own ``loss_weight``), default cross-entropy.
         test_augmentations: lists of transforms, one pass each, whose probabilities are summed; or ``scaling`` (10).
-        optimizer, schedule, ema_decay, freeze: see :class:`~pc3d.tasks.SemanticSegmentation`.
+        optimizer, schedule, ema_decay, freeze, peft: see :class:`~pc3d.tasks.SemanticSegmentation`.
     """
 
     monitor = ("val/OA", "max")
@@ -56,8 +57,9 @@ class Classification(ClassTask):
         ema_decay: float | None = None,
         freeze: list[str] | None = None,
         test_augmentations: list[list[Transform]] | TestAugmentation | None = None,
+        peft: Adaptation | None = None,
     ) -> None:
-        super().__init__(backbone, class_names, criteria, optimizer, schedule, ema_decay)
+        super().__init__(backbone, class_names, criteria, optimizer, schedule, ema_decay, peft)
         self.head = LinearHead(backbone.out_channels, len(class_names)) if head is None else head
         self.augmentations = [] if test_augmentations is None else augmentation_passes(test_augmentations)
         self.vote_metrics = ClassificationMetrics(len(class_names))

@@ -16,6 +16,7 @@ from pc3d.errors import InputError
 from pc3d.losses import Chamfer, CompletionLoss
 from pc3d.metrics import CompletionMetrics, CompletionScores
 from pc3d.nn.backbone import Backbone
+from pc3d.peft import Adaptation
 from pc3d.points import Points
 from pc3d.tasks.base import ADAMW, ONECYCLE, PointTask
 from pc3d.tasks.heads import CompletionHead
@@ -38,7 +39,7 @@ class Completion(PointTask):
         criteria: losses, summed, default the squared Chamfer distance.
         emd_points: points that the test's earth mover's distance is computed on, see
             :class:`~pc3d.metrics.CompletionMetrics`; None leaves it out.
-        optimizer, schedule, ema_decay, freeze: see :class:`~pc3d.tasks.SemanticSegmentation`.
+        optimizer, schedule, ema_decay, freeze, peft: see :class:`~pc3d.tasks.SemanticSegmentation`.
     """
 
     monitor = ("val/CD", "min")
@@ -54,8 +55,9 @@ class Completion(PointTask):
         schedule: ScheduleConfig = ONECYCLE,
         ema_decay: float | None = None,
         freeze: list[str] | None = None,
+        peft: Adaptation | None = None,
     ) -> None:
-        super().__init__(backbone, class_names, optimizer, schedule, ema_decay)
+        super().__init__(backbone, class_names, optimizer, schedule, ema_decay, peft)
         if decoder.in_channels != backbone.out_channels:
             raise InputError(
                 f"model.decoder.in_channels is {decoder.in_channels}, the backbone gives {backbone.out_channels}"

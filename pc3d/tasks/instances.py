@@ -21,6 +21,7 @@ from pc3d.metrics import (
     SegmentationMetrics,
 )
 from pc3d.nn.backbone import Backbone
+from pc3d.peft import Adaptation
 from pc3d.points import Points
 from pc3d.tasks.heads import InstanceHead, InstanceOutput, SegmentationHead
 from pc3d.tasks.inference import original_rows
@@ -39,7 +40,7 @@ class InstanceSegmentation(SemanticSegmentation):
         instance_head: makes the instances, and perhaps better logits.
         stuff: names of classes without instances.
         min_instance_points: smaller true and predicted instances do not count in AP.
-        backbone, class_names, head, criteria, feature_criteria, optimizer, schedule, ema_decay, freeze: see
+        backbone, class_names, head, criteria, feature_criteria, optimizer, schedule, ema_decay, freeze, peft: see
             :class:`SemanticSegmentation`.
     """
 
@@ -57,11 +58,14 @@ class InstanceSegmentation(SemanticSegmentation):
         schedule: ScheduleConfig = ScheduleConfig(),  # noqa: B008 (frozen)
         ema_decay: float | None = None,
         freeze: list[str] | None = None,
+        peft: Adaptation | None = None,
     ) -> None:
         unknown = sorted(set(stuff or ()) - set(class_names))
         if unknown:
             raise InputError(f"model.stuff: {', '.join(unknown)} unknown; the classes are {', '.join(class_names)}")
-        super().__init__(backbone, class_names, head, criteria, feature_criteria, optimizer, schedule, ema_decay)
+        super().__init__(
+            backbone, class_names, head, criteria, feature_criteria, optimizer, schedule, ema_decay, peft=peft
+        )
         things = [name not in (stuff or ()) for name in class_names]
         instance_head.build(backbone.out_channels, len(class_names), things)
         self.instance_head = instance_head

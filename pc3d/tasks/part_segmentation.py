@@ -15,6 +15,7 @@ from pc3d.errors import InputError
 from pc3d.losses import FeatureLoss, Loss
 from pc3d.metrics import SegmentationMetrics, ShapePartIoU, ShapePartScores
 from pc3d.nn.backbone import Backbone
+from pc3d.peft import Adaptation
 from pc3d.points import Points
 from pc3d.tasks.augmentations import TestAugmentation
 from pc3d.tasks.base import ADAMW, ONECYCLE
@@ -34,7 +35,7 @@ class PartSegmentation(SemanticSegmentation):
     Args:
         categories: name of each category -> its parts; with a data set that has categories they come from it.
         backbone, class_names, head, criteria, feature_criteria, optimizer, schedule, ema_decay, freeze,
-            test_augmentations: see :class:`~pc3d.tasks.SemanticSegmentation`; classes are parts.
+            test_augmentations, peft: see :class:`~pc3d.tasks.SemanticSegmentation`; classes are parts.
     """
 
     monitor = ("val/instance_mIoU", "max")
@@ -52,6 +53,7 @@ class PartSegmentation(SemanticSegmentation):
         ema_decay: float | None = None,
         freeze: list[str] | None = None,
         test_augmentations: list[list[Transform]] | TestAugmentation | None = None,
+        peft: Adaptation | None = None,
     ) -> None:
         parts = [part for own in categories.values() for part in own]
         if not all(categories.values()) or not parts or not set(parts) <= set(range(len(class_names))):
@@ -67,6 +69,7 @@ class PartSegmentation(SemanticSegmentation):
             ema_decay,
             freeze,
             test_augmentations,
+            peft=peft,
         )
         self.categories = {name: list(own) for name, own in categories.items()}
         allowed = torch.zeros(len(categories), len(class_names), dtype=torch.bool)

@@ -17,6 +17,7 @@ from pc3d.errors import InputError
 from pc3d.losses import FeatureLoss, Loss
 from pc3d.metrics import SegmentationMetrics, SegmentationScores, scores_from_confusion
 from pc3d.nn.backbone import Backbone
+from pc3d.peft import Adaptation
 from pc3d.points import Points
 from pc3d.tasks.augmentations import TestAugmentation, augmentation_passes
 from pc3d.tasks.base import ADAMW, ONECYCLE, ClassTask
@@ -51,6 +52,7 @@ class SemanticSegmentation(ClassTask):
         fragments_per_pass: fragments in one forward pass of the test step.
         test_crop: cut what has more points into tiles before each pass, outside training, see
             :func:`~pc3d.tasks.tiles.in_tiles`; None never does.
+        peft: adapter of the backbone, whose own weights are frozen then; see :mod:`pc3d.peft`.
     """
 
     monitor = ("val/mIoU", "max")
@@ -69,10 +71,11 @@ class SemanticSegmentation(ClassTask):
         test_augmentations: list[list[Transform]] | TestAugmentation | None = None,
         fragments_per_pass: int = 1,
         test_crop: int | None = None,
+        peft: Adaptation | None = None,
     ) -> None:
         if test_crop is not None and test_crop < 1:
             raise InputError(f"model.test_crop is {test_crop}: it must be at least 1 point, or null")
-        super().__init__(backbone, class_names, criteria, optimizer, schedule, ema_decay)
+        super().__init__(backbone, class_names, criteria, optimizer, schedule, ema_decay, peft)
         self.head = LinearHead(backbone.out_channels, len(class_names)) if head is None else head
         self.feature_criteria = nn.ModuleList(feature_criteria or [])
         for criterion in feature_criteria or []:

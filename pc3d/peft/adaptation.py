@@ -1,0 +1,201 @@
+"""Parameter-efficient fine-tuning: attach an adapter to a frozen backbone, train it, take it off again."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import nn
+
+from pc3d.config import Configurable
+from pc3d.errors import InputError
+from pc3d.nn.adaptable import Adaptable, AdapterPart, BlockAdapter
+from pc3d.nn.backbone import Backbone
+from pc3d.peft.weights import is_adapted, restore_weight
+
+_NAME = re.compile(r"[A-Za-z_]\w*")
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
+
+class Adaptation(Configurable, abc.ABC):
+    """A way to adapt a backbone: what it inserts where.
+
+    Attributes:
+        mergeable: whether the result can be written into the weights of the backbone, see :func:`merge`.
+    """
+
+    mergeable: bool = False
+
+    @abc.abstractmethod
+    def insert(self, backbone: Backbone, name: str) -> None:
+        """Put new parts called ``name`` into a backbone whose parameters are frozen; only theirs will train.
+
+        Raises:
+            InputError: if the backbone has no place for them; nothing has been inserted then.
+        """
+
+
+@dataclass(frozen=True)
+class Attached:
+    """An adapter in a backbone: what it was made from, and the names it added to the state dict."""
+
+    method: Adaptation
+    added: frozenset[str]
+
+
+def attached(backbone: Backbone) -> dict[str, Attached]:
+    """The adapters of a backbone, by name, in the order they were attached."""
+    return backbone.__dict__.setdefault("_attached", {})
+
+
+def attach(backbone: Backbone, method: Adaptation, name: str = "default") -> Attached:
+    """Freeze a backbone, adapters it has already included, and insert a new one, which trains.
+
+    The running statistics of the backbone's own norms never change from here on, in training mode neither: the adapter
+    and the untouched backbone together are the adapted model.
+
+    Raises:
+        InputError: if the name is taken or no identifier, or the method finds no place in this backbone.
+    """
+    if not _NAME.fullmatch(name):
+        raise InputError(f"peft: adapter name '{name}' must be letters, digits and _")
+    if name in attached(backbone):
+        raise InputError(f"peft: this {type(backbone).__name__} has an adapter '{name}' already")
+    before, trained = set(backbone.state_dict()), [p for p in backbone.parameters() if p.requires_grad]
+    backbone.requires_grad_(False)
+    try:
+        method.insert(backbone, name)
+    except InputError:
+        _remove(backbone, name, keep=False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        raise
+    found = attached(backbone)[name] = Attached(method, frozenset(set(backbone.state_dict()) - before))
+    parts = parts_of(backbone)
+    inside = {id(module) for part in parts for module in part.modules()}
+    backbone.kept_in_eval = [
+        m for m in backbone.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and id(m) not in inside
+    ]
+    return found
+
+
+def parts_of(backbone: nn.Module, name: str | None = None) -> list[AdapterPart]:
+    """The outermost parts of one adapter, or of all."""
+    parts = [m for m in backbone.modules() if isinstance(m, AdapterPart)]
+    return [part for part in parts if name is None or part.adapter == name]
+
+
+def detach(backbone: Backbone, name: str = "default") -> None:
+    """Take an adapter out: what is left is bit for bit what was there before.
+
+    The backbone stays frozen; ``backbone.requires_grad_()`` thaws it.
+    """
+    _known(backbone, name)
+    _remove(backbone, name, keep=False)
+    _forget(backbone, name)
+
+
+def merge(backbone: Backbone, name: str = "default") -> None:
+    """Write an adapter into the weights of the backbone, and take it out: same outputs, no cost.
+
+    Raises:
+        InputError: if the adapter computes something that no weight can hold.
+    """
+    method = _known(backbone, name).method
+    if not method.mergeable:
+        raise InputError(f"peft: {type(method).__name__} is not linear in the weights: it cannot be merged")
+    _remove(backbone, name, keep=True)
+    _forget(backbone, name)
+
+
+def use(backbone: Backbone, *names: str) -> None:
+    """Let these adapters act, and no others; no name: the backbone as it was."""
+    for name in names:
+        _known(backbone, name)
+    for part in parts_of(backbone):
+        part.active = part.adapter in names
+
+
+@contextlib.contextmanager
+def disabled(backbone: Backbone) -> Iterator[None]:
+    """Inside, the backbone gives what it gave before anything was attached."""
+    parts = parts_of(backbone)
+    before = [part.active for part in parts]
+    use(backbone)
+    try:
+        yield
+    finally:
+        for part, active in zip(parts, before, strict=True):
+            part.active = active
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of parameters: those that train, and all."""
+
+    tunable: int
+    total: int
+
+    def __str__(self) -> str:
+        share = 100 * self.tunable / max(self.total, 1)
+        return f"{self.tunable:,} of {self.total:,} parameters train ({share:.2f} %)"
+
+
+def count_parameters(module: nn.Module) -> ParameterCounts:
+    parameters = list(module.parameters())
+    return ParameterCounts(sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
+
+
+def places(
+    backbone: Backbone, kind: type[AnyModule] | tuple[type[AnyModule], ...], patterns: Sequence[str] | None, who: str
+) -> list[tuple[str, AnyModule]]:
+    """Modules of a kind, outside of adapters, whose name matches a pattern; without patterns those inside blocks.
+
+    Raises:
+        InputError: if there are none, or a pattern matches none; names what there is.
+    """
+    inside = {id(module) for part in parts_of(backbone) for module in part.modules()}
+    every = [(n, m) for n, m in backbone.named_modules() if isinstance(m, kind) and id(m) not in inside]
+    if patterns is None:
+        blocks = {
+            id(m) for b in backbone.modules() if b is not backbone and isinstance(b, Adaptable) for m in b.modules()
+        }
+        chosen = [(name, module) for name, module in every if id(module) in blocks]
+        what = "inside its blocks; name some with targets"
+    else:
+        unused = [p for p in patterns if not any(re.search(p, name) for name, _ in every)]
+        chosen = [(name, module) for name, module in every if any(re.search(p, name) for p in patterns)]
+        what = f"that '{unused[0]}' matches" if unused else ""
+        chosen = [] if unused else chosen
+    if not chosen:
+        some = ", ".join(name for name, _ in every[:: max(1, len(every) // 4)][:4]) or "none"
+        raise InputError(f"peft: {who} finds no layer in {type(backbone).__name__} {what} (it has: {some})")
+    return chosen
+
+
+def _known(backbone: Backbone, name: str) -> Attached:
+    if name not in attached(backbone):
+        there = ", ".join(attached(backbone)) or "none"
+        raise InputError(f"peft: this {type(backbone).__name__} has no adapter '{name}' (it has: {there})")
+    return attached(backbone)[name]
+
+
+def _remove(backbone: Backbone, name: str, keep: bool) -> None:
+    for module in list(backbone.modules()):
+        if isinstance(module, Adaptable) and name in module.adapters:
+            part = module.adapters[name]
+            assert isinstance(part, BlockAdapter)
+            part.remove(module)
+            del module.adapters[name]
+        if is_adapted(module):
+            restore_weight(module, name, keep)
+
+
+def _forget(backbone: Backbone, name: str) -> None:
+    del attached(backbone)[name]
+    if not attached(backbone):
+        backbone.kept_in_eval = ()
