@@ -274,6 +274,7 @@ def model_device(table: DataflowTable, op: Pass, choice: Choice) -> Device:
         launch=extra["launch"],
         sort=rates["sort"],
         packed_pairs=cpu,
+        fetches_per_offset=_launches(op, choice.flow, 2) > 1,
         prepare={flow: extra["prepare"]},
     )
 

@@ -210,6 +210,7 @@ class Device:
         sort: seconds per output row to sort by masks.
         masked_lanes_skip: outputs without an input under a kernel offset cost no fetch.
         packed_pairs: tiles multiply the pairs they have, packed together, and no empty lane.
+        fetches_per_offset: fetch on demand is launched once per kernel offset, and not once for all.
         prepare: seconds per byte of weights, to bring them into the form a flow reads.
     """
 
@@ -221,6 +222,7 @@ class Device:
     sort: float = 0.0
     masked_lanes_skip: bool = True
     packed_pairs: bool = False
+    fetches_per_offset: bool = False
     prepare: Mapping[Flow, float] = field(default_factory=dict)
 
 
@@ -295,7 +297,7 @@ def plan(
     Gather-product-scatter runs offset after offset, each with the rate of its number of pairs.
     """
     work = traffic(kernel_map, layer, flow, device, tiling, scale)
-    per_offset = flow is Flow.WEIGHT or (flow is Flow.FETCH_ON_DEMAND and layer.op is not Pass.WEIGHT_GRAD)
+    per_offset = flow is Flow.WEIGHT or (flow is Flow.FETCH_ON_DEMAND and device.fetches_per_offset)
     launches = kernel_map.kernel_volume if per_offset else 1
     sorts = tiling.splits if tiling is not None and tiling.window is not None else 0
     rate = device.multiply_adds[flow]
