@@ -17,6 +17,8 @@ EXAMPLES = """\
   pc3d export scan.pcd scan.las
   pc3d export labelled.ply 000000.label
   pc3d export runs/demo/checkpoints/best.ckpt model.safetensors
+  pc3d export runs/demo/checkpoints/best.ckpt adapter.safetensors --adapter
+  pc3d export adapter.safetensors model.safetensors --base pretrained.safetensors
 
 A checkpoint becomes weights (.safetensors) and a readable card (.json), which every command
 takes in place of the .ckpt."""
@@ -29,25 +31,33 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--color", default="auto", help="label, rgb, height or a field; default: label if there is one")
     parser.add_argument("--label_field", metavar="NAME", help="field that holds the labels")
     parser.add_argument("--ckpt", metavar="FILE", help="take class colours and label codes from this checkpoint")
+    parser.add_argument("--adapter", action="store_true", help="checkpoint with model.peft: leave the frozen base out")
+    parser.add_argument("--base", metavar="FILE", help="adapter without its base: join it with these weights")
     parser.add_argument("--encoding", help="PLY: ascii, binary_big_endian; PCD: ascii, binary_compressed")
     options = parser.parse_args(arguments)
     source, target = Path(options.input), Path(options.output)
     if target.exists() and source.exists() and target.samefile(source):
         raise InputError(f"{target}: is the input; choose another output, inputs are never overwritten")
     if source.suffix.lower() in _CHECKPOINTS:
-        written = export_checkpoint(source, target)
+        written = export_checkpoint(source, target, options.adapter, options.base)
     else:
         written = [export_cloud(source, target, options)]
     print("wrote " + " and ".join(map(str, written)))
     return 0
 
 
-def export_checkpoint(source: Path, target: Path) -> list[Path]:
+def export_checkpoint(source: Path, target: Path, adapter: bool, base: str | None) -> list[Path]:
+    """Export a checkpoint: whole, its adapter without the base, or an adapter joined with its base."""
     from pc3d.tasks import read_checkpoint, save_export
+    from pc3d.tasks.checkpoint import adapter_checkpoint, join_base
 
     if target.suffix != ".safetensors":
         raise InputError(f"{target}: a checkpoint is exported as .safetensors")
-    return list(save_export(target, read_checkpoint(source)))
+    if adapter and base is not None:
+        raise InputError("--adapter takes the base out, --base puts it in: give one of them")
+    if adapter:
+        return list(save_export(target, adapter_checkpoint(source)))
+    return list(save_export(target, read_checkpoint(source) if base is None else join_base(source, base)))
 
 
 def export_cloud(source: Path, target: Path, options: Any) -> Path:

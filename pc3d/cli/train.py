@@ -61,6 +61,7 @@ def main(arguments: list[str]) -> int:
 
 def fit_and_test(experiment: Experiment, arguments: list[str]) -> int:
     """Run a training experiment; see :data:`HELP`."""
+    from pc3d.peft import attached, count_parameters
     from pc3d.tasks import init_weights, read_checkpoint
 
     model, trainer, folder = experiment.model, experiment.trainer, experiment.run.folder
@@ -69,6 +70,8 @@ def fit_and_test(experiment: Experiment, arguments: list[str]) -> int:
         read_checkpoint(resume)  # a damaged file, or one with code in it, ends here
     if weights is not None:
         print(init_weights(model, weights, trust=experiment.config["trust"]))
+    if attached(model.backbone):
+        print(f"adapter: {count_parameters(model)}")
     print(f"run folder: {folder}" + (f", resuming from {resume}" if resume else ""))
     try:
         trainer.fit(model, datamodule=experiment.datamodule, ckpt_path=resume and str(resume))

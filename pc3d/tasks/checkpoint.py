@@ -26,6 +26,7 @@ from pc3d.data.pipeline import Pipeline
 from pc3d.data.transforms import AssembleFeatures
 from pc3d.errors import InputError
 from pc3d.io.atomic import atomic_write
+from pc3d.peft import attached, base_state, fingerprint
 from pc3d.tasks.record import git_revision, versions, write_json
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 CARD = "pc3d_card"
 CARD_FORMAT = 1
 _REQUIRED = ("task", "pipeline", "class_names", "palette", "label_map", "seed")
+_BASE = "peft_base"
 _LOSSES = ("criteria.", "feature_criteria.")
 Card = dict[str, Any]
 
@@ -249,12 +251,50 @@ def load_task(
     """
     checkpoint = read_checkpoint(path, trust)
     card = card_of(checkpoint, path)
+    if _BASE in card:
+        raise InputError(f"{path}: holds an adapter only; join it: pc3d export {path} whole.safetensors --base FILE")
     task, pipeline = instantiate(card["task"], allow), instantiate(card["pipeline"], allow)
     check_weights(checkpoint["state_dict"], task.state_dict(), path)
     task.load_state_dict(checkpoint["state_dict"])
     task.pipeline, task.label_map, task.seed = pipeline, card["label_map"], card["seed"]
     task.palette = None if card["palette"] is None else [tuple(color) for color in card["palette"]]
     return task.eval(), pipeline, card
+
+
+def adapter_checkpoint(path: str | Path, trust: bool = False) -> dict[str, Any]:
+    """A checkpoint of an adapted task without the frozen weights of its backbone, which its card then names.
+
+    Raises:
+        InputError: if the checkpoint has no adapter, besides what :func:`load_task` says.
+    """
+    task, _, card = load_task(path, trust)
+    if not attached(task.backbone):
+        raise InputError(f"{path}: its backbone has no adapter (model.peft)")
+    base = base_state(task.backbone)
+    state = {name: v for name, v in task.state_dict().items() if name.removeprefix("backbone.") not in base}
+    return {"state_dict": state, CARD: {**card, _BASE: fingerprint(base)}}
+
+
+def join_base(path: str | Path, base: str | Path, trust: bool = False) -> dict[str, Any]:
+    """The whole checkpoint: an adapter's (see :func:`adapter_checkpoint`) with the weights that it started from.
+
+    Raises:
+        InputError: if the first has no need of a base, or the second is not the base that the adapter was trained on.
+    """
+    checkpoint, source = read_checkpoint(path, trust), read_checkpoint(base, trust)["state_dict"]
+    card = dict(card_of(checkpoint, path))
+    expected = card.pop(_BASE, None)
+    if expected is None:
+        raise InputError(f"{path}: is whole already, it needs no base")
+    task = instantiate(card["task"])
+    names = base_state(task.backbone)
+    prefix = "" if names.keys() <= source.keys() else "backbone."
+    found = {name: source[prefix + name] for name in names if prefix + name in source}
+    if len(found) < len(names) or fingerprint(found) != expected:
+        raise InputError(f"{base}: does not hold the weights that {path} was trained on (fingerprint {expected[:12]})")
+    state = checkpoint["state_dict"] | {f"backbone.{name}": value for name, value in found.items()}
+    check_weights(state, task.state_dict(), path)
+    return {"state_dict": state, CARD: card}
 
 
 def check_weights(state: Mapping[str, Tensor], model: Mapping[str, Tensor], path: str | Path) -> None:
