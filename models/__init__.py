@@ -1,4 +1,7 @@
-"""Models, one architecture per file (``backbones/``, ``heads/``); importers of published weights in ``convert/``."""
+"""Models, one architecture per file: ``backbones/``, ``heads/``, ``pretrain/``.
+
+Importers of published weights are in ``convert/``.
+"""
 
 from pc3d.models.backbones.condaformer import ConDaFormer
 from pc3d.models.backbones.e3dsnn import E3DSNN

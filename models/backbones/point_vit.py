@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pc3d.errors import InputError
-from pc3d.nn import Backbone, FeatureInfo
+from pc3d.nn import FeatureInfo
 from pc3d.nn.adaptable import Adaptable
 from pc3d.nn.interpolation import interpolate
-from pc3d.nn.patches import MiniPointNet, group_patches
-from pc3d.nn.vit import PatchTokens, TransformerBlock
+from pc3d.nn.patches import MiniPointNet, Patches, group_patches
+from pc3d.nn.vit import PatchBackbone, PatchTokens, position_mlp, transformer_blocks
 from pc3d.points import Points
 
 _CATEGORY_CHANNELS = 64
 
 
-class PointViT(Adaptable, Backbone):
+class PointViT(Adaptable, PatchBackbone):
     """Encoder of Point-MAE with a class token, or with its part segmentation decoder.
 
     Clouds need at least as many points as there are patches, and as a patch has; they may differ in size.
@@ -72,9 +72,8 @@ class PointViT(Adaptable, Backbone):
         self.patch_count, self.patch_points, self.ignore_origin = patches, patch_points, ignore_origin
         self.encoder = MiniPointNet(in_channels, encoder_channels or channels)
         self.reduce_dim = nn.Linear(encoder_channels, channels) if encoder_channels else nn.Identity()
-        self.pos_embed = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, channels))
-        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(TransformerBlock(channels, num_heads, mlp_ratio, rate) for rate in rates)
+        self.pos_embed = position_mlp(channels)
+        self.blocks = transformer_blocks(channels, depth, num_heads, mlp_ratio, drop_path)
         self.norm = nn.LayerNorm(channels)
         self.feature_info = [FeatureInfo(f"block{i}", channels, patch_points // 2) for i in stages]
         self.apply(_initialise)
@@ -108,19 +107,26 @@ class PointViT(Adaptable, Backbone):
 
     def tokens(self, points: Points) -> PatchTokens:
         """Tokens before the first block."""
+        return self.with_class_token(self.embed(self.group(points)))
+
+    def group(self, points: Points) -> Patches:
         self.check_input(points)
-        patches = group_patches(points, self.patch_count, self.patch_points, self.ignore_origin)
+        return group_patches(points, self.patch_count, self.patch_points, self.ignore_origin)
+
+    def embed(self, patches: Patches) -> PatchTokens:
         feat, position = self.reduce_dim(self.encoder(patches.feat)), self.pos_embed(patches.centres)
+        return PatchTokens(feat, position, patches.centres)
+
+    def with_class_token(self, tokens: PatchTokens) -> PatchTokens:
         if self.cls_token is None or self.cls_pos is None:
-            return PatchTokens(feat, position, patches.centres)
+            return tokens
         feat, position = (
             torch.cat([own.expand(len(values), -1, -1).to(values.dtype), values], 1)
-            for own, values in ((self.cls_token, feat), (self.cls_pos, position))
+            for own, values in ((self.cls_token, tokens.feat), (self.cls_pos, tokens.position))
         )
-        return PatchTokens(feat, position, patches.centres, special=1)
+        return PatchTokens(feat, position, tokens.centres, special=1)
 
     def encode(self, tokens: PatchTokens) -> PatchTokens:
-        """Tokens after the last block, before the last norm."""
         for block in self.blocks:
             tokens = block(tokens)
         return tokens

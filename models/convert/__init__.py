@@ -8,6 +8,7 @@ from pc3d.models.convert.point_ssm import import_point_ssm
 from pc3d.models.convert.point_vit import import_point_vit
 from pc3d.models.convert.pointcept import export_pointcept, import_pointcept
 from pc3d.models.convert.ppt import import_ppt
+from pc3d.models.convert.pretraining import import_pretraining
 from pc3d.models.convert.sparse_unet import export_sparse_unet, import_sparse_unet
 from pc3d.models.convert.state_dict import convert_state_dict
 
@@ -23,5 +24,6 @@ __all__ = [
     "import_point_vit",
     "import_pointcept",
     "import_ppt",
+    "import_pretraining",
     "import_sparse_unet",
 ]

@@ -1,4 +1,4 @@
-"""Published weights of Point-MAE and Point-BERT for :class:`~pc3d.models.PointViT`."""
+"""Published weights of Point-MAE, Point-BERT and Point-PQAE for :class:`~pc3d.models.PointViT`."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from pc3d.errors import InputError
 from pc3d.models.backbones.point_vit import PointViT
 from pc3d.models.convert.peft import adapter_state
-from pc3d.models.convert.state_dict import listing
+from pc3d.models.convert.state_dict import listing, published_state, without_kernel
 from pc3d.nn.adaptable import AdapterPart
 
 _NAMES = [
     (r"^(encoder|reduce_dim|pos_embed|norm|cls_token|cls_pos)(?=\.|$)", r"network.\1"),
     (r"^blocks\.blocks\.", "network.blocks."),
     (r"^label_conv\.", "network.decoder.category."),
+    (r"^(propagation_0|convs[123]|bns[12])_cls\.", r"\1."),  # of scenes
     (r"^propagation_0\.mlp_convs\.(\d+)\.", r"network.decoder.spread.\1.0."),
     (r"^propagation_0\.mlp_bns\.(\d+)\.", r"network.decoder.spread.\1.1."),
     (r"^convs1\.", "network.decoder.join.0."),
@@ -26,7 +27,11 @@ _NAMES = [
     (r"^bns2\.", "network.decoder.last.1.1."),
     (r"^convs3\.", "head.linear."),
 ]
-_OF_PRETRAINING = r"^(mask_token|decoder_pos_embed\.|MAE_decoder\.|increase_dim\.|lm_head\.|cls_head\.)"
+_OF_PRETRAINING = (
+    r"^(mask_token$|"
+    r"(decoder_pos_embed|MAE_decoder|increase_dim|lm_head|cls_head|PQ_decoder|PQ_linear|PQattn_contrast)\.)"
+)
+_PREFIX = ("MAE_encoder.", "transformer_q.", "PQAE_encoder.")
 _NOT_PRETRAINED = r"^(network\.(cls_token|cls_pos)$|network\.decoder\.|network\.(.+\.)?adapt(ers|ed)\.|head\.)"
 
 
@@ -47,10 +52,8 @@ def import_point_vit(checkpoint: Mapping[str, Any], network: PointViT, head: nn.
         InputError: if other names are missing or left over, or shapes differ; lists them, and nothing has been loaded
             then.
     """
-    wrapped = (checkpoint[key] for key in ("base_model", "model_state_dict", "state_dict") if key in checkpoint)
-    state: Mapping[str, Tensor] = next(wrapped, checkpoint)
-    plain = {name.removeprefix("module."): value for name, value in state.items()}
-    pretrained = any(name.startswith(("MAE_encoder.", "transformer_q.")) for name in plain)
+    plain = published_state(checkpoint)
+    pretrained = any(name.startswith(_PREFIX) for name in plain)
     if any(name.startswith("transformer_q.") for name in plain):
         plain = {name: value for name, value in plain.items() if name.startswith("transformer_q.")}
     stored = {}
@@ -59,7 +62,7 @@ def import_point_vit(checkpoint: Mapping[str, Any], network: PointViT, head: nn.
         assert isinstance(part, AdapterPart)
         plain = adapter_state(plain, name, part)
     for name, value in plain.items():
-        ours = re.sub(r"^(MAE_encoder|transformer_q)\.", "", name)
+        ours = re.sub(r"^(MAE_encoder|transformer_q|PQAE_encoder)\.", "", name)
         if pretrained and re.match(_OF_PRETRAINING, ours):
             continue
         ours = re.sub(r"^cls_head_finetune\.(\d+)\.", lambda m: _classifier(int(m[1]), head), ours)
@@ -77,23 +80,20 @@ def import_point_vit(checkpoint: Mapping[str, Any], network: PointViT, head: nn.
     shapes = [
         f"{name} {tuple(stored[name].shape)} instead of {tuple(own[name].shape)}"
         for name in own.keys() & stored.keys()
-        if _without_kernel(stored[name]).shape != own[name].shape
+        if without_kernel(stored[name]).shape != own[name].shape
     ]
     problems += listing("of another shape", shapes)
     if problems:
         raise InputError(f"checkpoint: does not fit this PointViT: {'; '.join(problems)}")
-    pair.load_state_dict({name: _without_kernel(value) for name, value in stored.items()}, strict=False)
+    pair.load_state_dict({name: without_kernel(value) for name, value in stored.items()}, strict=False)
     return sorted(new)
 
 
 def _classifier(index: int, head: nn.Module | None) -> str:
-    """Published layers: linear, batch norm, ReLU and dropout of each hidden layer, then the last linear one."""
-    hidden = len(getattr(head, "hidden", ()))
-    return f"head.hidden.{index // 4}.{index % 4}." if index < 4 * hidden else "head.linear."
-
-
-def _without_kernel(value: Tensor) -> Tensor:
-    """1x1 convolutions are linear layers here; tokens keep their axes."""
-    if value.ndim == 4 and value.shape[2:] == (1, 1):
-        return value[..., 0, 0]
-    return value[..., 0] if value.ndim == 3 and value.shape[0] > 1 and value.shape[2] == 1 else value
+    """Published layers: linear, batch norm (if any), ReLU and dropout of each hidden one, then the last linear one."""
+    hidden = getattr(head, "hidden", nn.Sequential())
+    for i, layer in enumerate(hidden):
+        if index < len(layer):
+            return f"head.hidden.{i}.{index}."
+        index -= len(layer)
+    return "head.linear."

@@ -104,6 +104,19 @@ def load_with_head(
         raise InputError(str(error).replace("ModuleDict", type(network).__name__)) from None
 
 
+def published_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights in a published file of an object network, without the prefix of data-parallel training."""
+    wrapped = (checkpoint[key] for key in ("base_model", "model_state_dict", "state_dict") if key in checkpoint)
+    return {name.removeprefix("module."): value for name, value in next(wrapped, checkpoint).items()}
+
+
+def without_kernel(value: Tensor) -> Tensor:
+    """1x1 convolutions are linear layers here; tokens keep their axes."""
+    if value.ndim == 4 and value.shape[2:] == (1, 1):
+        return value[..., 0, 0]
+    return value[..., 0] if value.ndim == 3 and value.shape[0] > 1 and value.shape[2] == 1 else value
+
+
 def listing(what: str, items: Iterable[str], shown: int = 4) -> list[str]:
     """``["<count> <what> (<first names>)"]``, or nothing without items."""
     names = sorted(items)

@@ -38,7 +38,8 @@ class GlobalContextHead(SegmentationHead):
 class MLPHead(SegmentationHead):
     """Hidden layers with batch norm and dropout, then the classes; for features of points or of whole clouds.
 
-    ``bias`` gives the hidden layers one before their batch norm, as some published heads have it.
+    ``bias`` gives the hidden layers one before their batch norm, as some published heads have it; others have no
+    ``batch_norm``.
     """
 
     def __init__(
@@ -48,12 +49,15 @@ class MLPHead(SegmentationHead):
         widths: Sequence[int] = (512, 256),
         dropout: float = 0.5,
         bias: bool = False,
+        batch_norm: bool = True,
     ) -> None:
         super().__init__()
         sizes = [in_channels, *widths]
         self.hidden = nn.Sequential(
             *(
-                nn.Sequential(nn.Linear(a, b, bias), nn.BatchNorm1d(b), nn.ReLU(), nn.Dropout(dropout))
+                nn.Sequential(
+                    nn.Linear(a, b, bias), *([nn.BatchNorm1d(b)] if batch_norm else []), nn.ReLU(), nn.Dropout(dropout)
+                )
                 for a, b in itertools.pairwise(sizes)
             )
         )

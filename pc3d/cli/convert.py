@@ -29,7 +29,7 @@ and test, and as --init_from of a training. Of a jointly trained file (PPT) the 
 def main(arguments: list[str]) -> int:
     parser = Parser(
         "convert",
-        "Convert checkpoints of Pointcept, Sonata, Utonia, LitePT, ConDaFormer, E-3DSNN, flemme and Point-MAE.",
+        "Convert checkpoints of Pointcept, Sonata, Utonia, LitePT, ConDaFormer, E-3DSNN, flemme, Point-MAE and kin.",
         EXAMPLES,
     )
     parser.add_argument("input", metavar="INPUT", help="a published .pth; or a checkpoint of this package to go back")
@@ -103,15 +103,20 @@ def _load(
         import_point_ssm,
         import_point_vit,
         import_pointcept,
+        import_pretraining,
         import_sparse_unet,
     )
+    from pc3d.tasks import Pretraining
 
-    published = {"seg_head.", "final.", "classifier.", "decoder.final.", "cls_head_finetune.", "convs3."}
+    published = {"seg_head.", "final.", "classifier.", "decoder.final.", "cls_head_finetune.", "convs3.", "convs3_cls."}
     names = [name.removeprefix("module.").removeprefix("backbone.") for name in state]
     if any(name.startswith("embedding_table.") for name in names):
         return _load_ppt(state, task, source, layout_name), True
     with_head = any(name.startswith(tuple(published)) for name in names)
     try:
+        if isinstance(task, Pretraining):
+            import_pretraining(state, task.backbone, task.method)
+            return None, True
         if isinstance(task.backbone, PointViT):
             import_point_vit(state, task.backbone, _head(task) if with_head else None)
             return None, with_head

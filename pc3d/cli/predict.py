@@ -38,11 +38,13 @@ def main(arguments: list[str]) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from pc3d.cli.predict_objects import ClassTable, complete_file, refuse_foreign_options
-    from pc3d.tasks import Classification, Completion, load_task
+    from pc3d.tasks import Classification, Completion, Pretraining, load_task
 
     inputs, output = [Path(name) for name in options.inputs], Path(options.output)
     found = find_inputs(inputs)
     task, pipeline, card = load_task(options.ckpt, trust=options.trust)
+    if isinstance(task, Pretraining):
+        raise InputError(f"{options.ckpt}: is pre-trained only; fine-tune it: pc3d train --init_from {options.ckpt}")
     refuse_foreign_options(task, options, _parser())
     table = ClassTable(output, task, options.probabilities) if isinstance(task, Classification) else None
     jobs = [(source, output) for source, _ in found] if table else plan_jobs(inputs, output, options.format)

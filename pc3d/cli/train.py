@@ -12,6 +12,7 @@ from pc3d.errors import InputError
 
 if TYPE_CHECKING:
     from pc3d.cli.experiment import Experiment
+    from pc3d.tasks import PointTask
 
 HELP = """\
 usage: pc3d train --config FILE [--ckpt_path last|FILE] [--init_from FILE] [--run_dir DIR] [any override]
@@ -83,7 +84,7 @@ def fit_and_test(experiment: Experiment, arguments: list[str]) -> int:
         raise
     if experiment.config["test"] and not experiment.config["trainer"]["fast_dev_run"]:
         _test_best(experiment)
-    _report(folder)
+    _report(folder, experiment.model)
     return 0
 
 
@@ -105,8 +106,12 @@ def _how_to_resume(arguments: list[str], folder: Path) -> str:
     return f"go on with: pc3d train {shlex.join(keep)} --ckpt_path {shlex.quote(str(last))}"
 
 
-def _report(folder: Path) -> None:
+def _report(folder: Path, model: PointTask) -> None:
+    from pc3d.tasks import Pretraining
+
     best = next((path for name in ("best", "last") if (path := folder / CHECKPOINTS / f"{name}.ckpt").is_file()), None)
     print(f"figures: {folder}/summary.json, pictures: {folder}/pictures, logs: {folder}/logs")
-    if best is not None:
+    if best is not None and isinstance(model, Pretraining):
+        print(f"fine-tune it: pc3d train --config CONFIG --init_from {best}")
+    elif best is not None:
         print(f"label a cloud of your own: pc3d predict CLOUD --ckpt {best} -o labelled.ply")

@@ -33,6 +33,15 @@ class Patches:
     rows: Tensor
     feat: Tensor
 
+    def select(self, keep: Tensor) -> Patches:
+        """The patches where ``keep`` (B, G), which must be equally many in every cloud."""
+        return Patches(*(select_patches(values, keep) for values in (self.centres, self.rows, self.feat)))
+
+
+def select_patches(values: Tensor, keep: Tensor) -> Tensor:
+    """``(B, V, ...)`` entries of ``values`` (B, G, ...) where ``keep`` (B, G), V of every cloud, in their order."""
+    return values[keep].unflatten(0, (len(values), -1))
+
 
 def sample_centres(coord: Tensor, offsets: Tensor, points: int, ignore_origin: bool) -> tuple[Tensor, Tensor]:
     """Rows of up to so many farthest points of each cloud in the order they are taken, and their borders.
@@ -88,6 +97,13 @@ def _first_outside_ball(coord: Tensor, offsets: Tensor) -> Tensor:
     start, end = torch.searchsorted(outside, offsets[:-1]), torch.searchsorted(outside, offsets[1:])
     found = torch.cat([outside, outside.new_zeros(1)])[start]
     return torch.where(start < end, found, offsets[:-1])
+
+
+def block_mask(centres: Tensor, seeds: Tensor, sizes: Tensor) -> Tensor:
+    """``(B, G)`` bool: of each cloud the ``sizes`` (B,) patches nearest to patch ``seeds`` (B,), itself first."""
+    seed = centres[torch.arange(len(centres), device=centres.device), seeds]
+    order = (centres - seed[:, None]).square().sum(-1).argsort(dim=1, stable=True)
+    return order.argsort(1) < sizes[:, None]
 
 
 class MiniPointNet(nn.Module):

@@ -20,6 +20,16 @@ def chamfer_distance(a: Tensor, a_offsets: Tensor, b: Tensor, b_offsets: Tensor,
     return (_mean(to_b, a_offsets) + _mean(to_a, b_offsets)) / 2
 
 
+def nearest_in_sets(a: Tensor, b: Tensor) -> Tensor:
+    """``(S, N)`` squared distances of small sets ``a`` (S, N, 3) to their nearest of ``b`` (S, M, 3); differentiable.
+
+    All pairs of a set at once, by differences; ties go to the lowest row.
+    """
+    with torch.no_grad():
+        rows = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").argmin(-1)
+    return (a - b.gather(1, rows[..., None].expand(-1, -1, b.shape[-1]))).square().sum(-1)
+
+
 def density_aware_chamfer_distance(
     a: Tensor, a_offsets: Tensor, b: Tensor, b_offsets: Tensor, alpha: float = 40.0, power: float = 0.5
 ) -> Tensor:

@@ -17,6 +17,7 @@ from pc3d.tasks.inference import labels_of, predict_cloud
 from pc3d.tasks.instances import InstanceSegmentation
 from pc3d.tasks.optim import OptimizerConfig, ParameterGroup, ScheduleConfig
 from pc3d.tasks.part_segmentation import PartSegmentation
+from pc3d.tasks.pretraining import Pretraining, PretrainingMethod, PretrainingOutput
 from pc3d.tasks.segmentation import SemanticSegmentation
 
 __all__ = [
@@ -32,6 +33,9 @@ __all__ = [
     "ParameterGroup",
     "PartSegmentation",
     "PointTask",
+    "Pretraining",
+    "PretrainingMethod",
+    "PretrainingOutput",
     "ScheduleConfig",
     "SegmentationHead",
     "SemanticSegmentation",

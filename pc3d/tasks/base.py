@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -131,6 +131,10 @@ class PointTask(pl.LightningModule, Configurable):
             self.seed = int(os.environ.get("PL_GLOBAL_SEED") or torch.initial_seed())
         if stage == "fit":
             make_card(self)  # a model that cannot be described must fail before the training, not after it
+
+    def initial_state(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The weights of another task's checkpoint under the names of this one."""
+        return state
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         steps = self.trainer.estimated_stepping_batches

@@ -375,6 +375,7 @@ def init_weights(task: PointTask, path: str | Path, strict: bool = False, trust:
     state = {name.removeprefix("module."): value for name, value in checkpoint["state_dict"].items()}
     if not own.keys() & state.keys():
         state = {f"backbone.{name}": value for name, value in state.items()}
+    state = task.initial_state(state)
     fits = {name: state[name] for name in own.keys() & state.keys() if state[name].shape == own[name].shape}
     wrong = [n for n in own if n in state and n not in fits]
     report = InitReport(
