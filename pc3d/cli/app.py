@@ -17,6 +17,7 @@ COMMANDS: dict[str, str] = {
     "train": "train a model from a config file, then test it",
     "test": "score a checkpoint on the test clouds",
     "fewshot": "train and test the folds of a few-shot protocol",
+    "probe": "a linear classifier on the features of a pre-training",
     "evaluate": "score saved predictions, of one run or several together",
     "predict": "label your own clouds with a checkpoint",
     "export": "convert clouds, or a checkpoint to safetensors",

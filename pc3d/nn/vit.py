@@ -40,7 +40,8 @@ class PatchTokens:
 
     def select(self, keep: Tensor) -> PatchTokens:
         """The patches where ``keep`` (B, G), which must be equally many in every cloud; there are no special tokens."""
-        return PatchTokens(*(select_patches(values, keep) for values in (self.feat, self.position, self.centres)))
+        feat, position, centres = (select_patches(values, keep) for values in (self.feat, self.position, self.centres))
+        return PatchTokens(feat, position, centres)
 
 
 class SelfAttention(nn.Module):

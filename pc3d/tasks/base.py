@@ -132,9 +132,9 @@ class PointTask(pl.LightningModule, Configurable):
         if stage == "fit":
             make_card(self)  # a model that cannot be described must fail before the training, not after it
 
-    def initial_state(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def initial_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weights of another task's checkpoint under the names of this one."""
-        return state
+        return dict(state)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         steps = self.trainer.estimated_stepping_batches

@@ -42,7 +42,7 @@ class PretrainingMethod(nn.Module, Configurable, ABC, Generic[Network]):
     A task calls :meth:`build` once, before anything else.
     """
 
-    backbone_class: ClassVar[type[Backbone]] = Backbone
+    backbone_class: ClassVar[type[Backbone]] = Backbone  # type: ignore[type-abstract]
 
     def build(self, backbone: Network) -> None:
         """Check that the backbone fits, and make the layers that depend on it.

@@ -25,7 +25,7 @@ FIXTURES = {  # folder of the configs -> name of the miniature
     "medpoints": "medpoints",
 }
 VARIANTS = {"seg": "medpoints-segmentation", "completion": "medpoints-completion"}
-SMALLER = {"fewshot-pcm": ["--data.dataset.init_args.shot", "5", "--data.dataset.init_args.queries", "2"]}
+SMALLER = {"fewshot": ["--data.dataset.init_args.shot", "5", "--data.dataset.init_args.queries", "2"]}
 
 
 def named(path: Path) -> str:
@@ -56,7 +56,13 @@ def test_one_command_trains_on_what_another_prepared(config: Path, prepared: Pat
     fixture = FIXTURES[config.parent.name]
     root = prepare(fixture, VARIANTS.get(config.stem.partition("-")[0], fixture), prepared)
     options = ["--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu", "--data.num_workers", "0"]
-    options += ["--data.batch_size", "2", "--data.cache", str(tmp_path / "cache"), *SMALLER.get(config.stem, ())]
+    options += [
+        "--data.batch_size",
+        "2",
+        "--data.cache",
+        str(tmp_path / "cache"),
+        *SMALLER.get(config.stem.partition("-")[0], ()),
+    ]
     command = ["train", "--config", str(config), "--data.root", str(root), "--run_dir", str(tmp_path / "run")]
     assert main([*command, *options]) == 0
 

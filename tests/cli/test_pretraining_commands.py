@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,17 @@ from pc3d.tasks import Pretraining, load_task
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = ["--data.dataset.init_args.train", 8, "--data.dataset.init_args.val", 2, "--data.dataset.init_args.test", 1,
          "--data.batch_size", 4, "--trainer.max_epochs", 2, "--trainer.enable_progress_bar", "false",
-         "--data.num_workers", 0]  # fmt: skip
+         "--data.num_workers", 0, "--data.cache", "false"]  # fmt: skip
+ONE_PICTURE = ["--trainer.callbacks+", "pc3d.tasks.callbacks.SavePictures", "--trainer.callbacks.clouds", 1,
+               "--test", "false"]  # fmt: skip
 QUICK = ["--test", "false", "--trainer.callbacks+", "pc3d.tasks.callbacks.SavePictures",
          "--trainer.callbacks.clouds", 0]  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["point-mae", "point-pqae"])
+@pytest.mark.parametrize("method", ["point-mae", pytest.param("point-pqae", marks=pytest.mark.slow)])
 def test_pretrain_and_fine_tune(method: str, pc3d: Any, tmp_path: Path) -> None:
     config = CONFIGS / "synthetic_shapes" / f"pretrain-{method}-tiny.yaml"
-    result = pc3d("train", "--config", config, "--run_dir", tmp_path / "pre", *SMALL)
+    result = pc3d("train", "--config", config, "--run_dir", tmp_path / "pre", *SMALL, *ONE_PICTURE)
     assert result.status == 0, result.err
     assert "fine-tune it" in result.out
     checkpoint = tmp_path / "pre" / "checkpoints" / "last.ckpt"
@@ -40,6 +43,13 @@ def test_pretrain_and_fine_tune(method: str, pc3d: Any, tmp_path: Path) -> None:
     weights = [name for name in after if name.startswith("backbone.") and "running" not in name and "num_" not in name]
     assert weights
     assert all(torch.equal(before[name], after[name]) for name in weights)  # they began with the pre-trained ones
+
+    probed = pc3d("probe", "--ckpt", checkpoint, "--config", downstream, "--", *SMALL)
+    if importlib.util.find_spec("sklearn"):
+        assert probed.status == 0, probed.err
+        assert "test: OA" in probed.out
+    else:
+        assert "needs scikit-learn" in probed.err
 
     refused = pc3d("predict", "chair.ply", "--ckpt", checkpoint, "-o", "labels.ply")
     assert refused.status != 0
@@ -62,6 +72,7 @@ def test_a_resumed_pretraining_ends_with_the_same_weights(pc3d: Any, tmp_path: P
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+@pytest.mark.slow
 def test_point_bert_in_two_stages(pc3d: Any, tmp_path: Path) -> None:
     configs = CONFIGS / "synthetic_shapes"
     first = pc3d(

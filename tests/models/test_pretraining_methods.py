@@ -222,20 +222,20 @@ def test_schedules_of_the_tokenizer() -> None:
 def test_the_tokenizer_learns_and_uses_its_words() -> None:
     torch.manual_seed(0)
     network, method = tokenizer(), DiscreteVAETraining(kl_start=0, kl_steps=1)
-    clouds = points(4)
+    clouds = points(2)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     losses = []
-    for step in range(40):
+    for step in range(25):
         output = method(network, clouds, step)
         loss = torch.stack(list(output.losses.values())).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(float(output.losses["reconstruction"].detach()))
-    assert losses[-1] < 0.6 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
     assert float(unequal_use(torch.zeros(2, 3, 5))) == pytest.approx(0, abs=1e-6)
-    assert network(clouds).shape == (4, 16)
-    assert network.forward_features(clouds)["patches"].num_points == 40
+    assert network(clouds).shape == (2, 16)
+    assert network.forward_features(clouds)["patches"].num_points == 20
 
 
 def test_gumbel_weights_are_those_of_the_given_noise() -> None:
