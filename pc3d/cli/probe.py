@@ -11,7 +11,8 @@ from pc3d.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
 
-    from pc3d.data import PointDataModule
+    from pc3d.data.dataset import Split
+    from pc3d.data.module import PointDataModule
     from pc3d.tasks import Pretraining
 
 EXAMPLES = """\
@@ -53,14 +54,15 @@ def main(arguments: list[str]) -> int:
             f"{options.config}: makes {data.in_channels} channels, the backbone takes {task.backbone.in_channels}"
         )
     task.to(options.device)
-    sets = {split: features(task, data, split) for split in ("train", "test")}
+    splits: tuple[Split, Split] = ("train", "test")
+    sets = {split: features(task, data, split) for split in splits}
     machine = LinearSVC(C=options.C, random_state=0).fit(*sets["train"])
     for split, (values, labels) in sets.items():
         print(f"linear SVM, {split}: OA {machine.score(values, labels):.4f} on {len(labels)} clouds")
     return 0
 
 
-def features(task: Pretraining, data: PointDataModule, split: str) -> tuple[np.ndarray, np.ndarray]:
+def features(task: Pretraining, data: PointDataModule, split: Split) -> tuple[np.ndarray, np.ndarray]:
     """``(n, F)`` float32 features and ``(n,)`` int64 classes of a split's clouds.
 
     Raises:
@@ -71,7 +73,7 @@ def features(task: Pretraining, data: PointDataModule, split: str) -> tuple[np.n
     from pc3d.points import Points
     from pc3d.tasks.classification import cloud_labels
 
-    numbers = torch.arange(data.dataset.size(split))  # type: ignore[arg-type]
+    numbers = torch.arange(data.dataset.size(split))
     if not len(numbers):
         raise InputError(f"data: has no {split} clouds")
     found, labels = [], []
@@ -79,7 +81,7 @@ def features(task: Pretraining, data: PointDataModule, split: str) -> tuple[np.n
         clouds = []
         for i in some.tolist():
             generator = torch.Generator().manual_seed(i)
-            cloud = data.dataset.load(split, i)  # type: ignore[arg-type]
+            cloud = data.dataset.load(split, i)
             clouds.append(data.pipeline.evaluate(cloud, generator=generator).replace(source=None))
         batch = Points.cat(clouds)
         with torch.no_grad():
