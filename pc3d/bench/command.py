@@ -18,6 +18,7 @@ from pc3d.bench import (
     fusion,
     kernel_maps,
     orders,
+    points,
     scan,
     scenes,
     segments,
@@ -35,6 +36,7 @@ LEAST_ROUNDS = 7
 
 EXAMPLES = """examples:
   tools/bench.py voxelize --threads 1
+  tools/bench.py points scan.bin sweep.npz --threads 1
   tools/bench.py map --size 0.05 scan.ply sweep.bin --json runs/bench/map.json
   tools/bench.py serialize --size 0.005 --depth 16 --threads 1
   tools/bench.py sparse --threads 1 2 --only subm3_64 map --json runs/bench/sparse.json
@@ -73,18 +75,20 @@ def _run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     print(", ".join(f"{key} {value}" for key, value in machine().items()))
     timings: list[Timing] = []
-    for points in load(args.clouds, args.points):
+    for cloud in load(args.clouds, args.points):
         for size in args.size or args.default_sizes:
             if args.op == "voxelize":
-                timings += voxelize.bench(points, size, args.rounds)
+                timings += voxelize.bench(cloud, size, args.rounds)
+            elif args.op == "points":
+                timings += points.bench(cloud, size, args.rounds)
             elif args.op == "segments":
-                timings += segments.bench(points, size, args.rounds)
+                timings += segments.bench(cloud, size, args.rounds)
             elif args.op == "orders":
-                timings += orders.bench(points, size, args.rounds)
+                timings += orders.bench(cloud, size, args.rounds)
             elif args.op == "serialize":
-                timings += serialize.bench(points, size, args.depth, args.rounds)
+                timings += serialize.bench(cloud, size, args.depth, args.rounds)
             else:
-                timings += kernel_maps.bench(points, size, args.kernel, args.rounds)
+                timings += kernel_maps.bench(cloud, size, args.kernel, args.rounds)
     print(table(timings))
     _write_json(args.json, report(timings, args.rounds))
     return 0
@@ -214,6 +218,10 @@ def _parser() -> argparse.ArgumentParser:
     growing.add_argument("--rounds", type=_at_least(1), default=3, help="timed rounds of small scenes (default 3)")
     growing.add_argument("--picture", type=Path, metavar="FILE", help="draw time against size")
     growing.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
+    clouds = ops.add_parser(
+        "points", help="neighbours, farthest points, balls, distinct voxels, segments; beside SciPy, Open3D, fpsample"
+    )
+    _add_shared(clouds, points=200_000, sizes=[0.1])
     graphs = ops.add_parser("segments", help="graph segmentation, step by step")
     _add_shared(graphs, points=200_000, sizes=[0.02, 0.05])
     feeding = ops.add_parser("data", help="the data of a config: stages, loader with workers, training fed by it")

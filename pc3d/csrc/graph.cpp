@@ -191,22 +191,6 @@ void sorted_rows(Array<const float, 2> coord, Array<const int64_t, 1> offsets, A
   });
 }
 
-// Edges in ascending order of their weights, equal ones in their own order.
-Buffer<PackedRow> ascending_edges(const float *weights, int64_t count, int row_bits) {
-  constexpr int kLow = 10;  // bits of a key that seldom decide
-  Buffer<PackedRow> items(count);
-  for (int64_t e = 0; e < count; ++e) items[e] = PackedRow::make(ascending_key(weights[e]), e, row_bits);
-  radix_sort(items, 32 - kLow, row_bits + kLow);
-  const auto less = [](PackedRow p, PackedRow q) { return p.word < q.word; };
-  for (int64_t begin = 0, end = 0; begin < count; begin = end) {
-    bool sorted = true;
-    for (end = begin + 1; end < count && items[end].key(row_bits + kLow) == items[begin].key(row_bits + kLow); ++end)
-      sorted &= items[end - 1].word < items[end].word;
-    if (!sorted) std::sort(items.begin() + begin, items.begin() + end, less);
-  }
-  return items;
-}
-
 void merge(Array<const int32_t, 2> edges, Array<const float, 1> weights, double k, int64_t min_size, Array<int64_t, 1> labels,
            std::optional<Array<const int32_t, 1>> place) {
   const int64_t rows = labels.shape(0), count = edges.shape(0);
@@ -219,7 +203,9 @@ void merge(Array<const int32_t, 2> edges, Array<const float, 1> weights, double 
   const int64_t missing = std::count_if(weights.data(), weights.data() + count, [](float w) { return w != w; });
   if (missing) throw std::invalid_argument(std::to_string(missing) + " edge weights are NaN");
   nb::gil_scoped_release release;
-  const Buffer<PackedRow> items = ascending_edges(weights.data(), count, row_bits);
+  Buffer<PackedRow> items(count);
+  for (int64_t e = 0; e < count; ++e) items[e] = PackedRow::make(ascending_key(weights.data()[e]), e, row_bits);
+  radix_sort(items, 32, row_bits);
 
   struct Component {
     int32_t parent, size;

@@ -33,8 +33,7 @@ def segment_mean(values: Tensor, offsets: Tensor) -> Tensor:
     """Mean of each run of rows, with shapes and errors as :func:`segment_sum`; an empty segment gives zeros."""
     _check(values, offsets)
     total = torch.ops.pc3d.segment_sum(_as_table(_wide(values)), offsets)
-    mean = total / offsets.diff().clamp(min=1)[:, None]
-    return _like_rows(mean, values)
+    return _like_rows(total.div_(offsets.diff().clamp(min=1)[:, None]), values)
 
 
 def segment_max(values: Tensor, offsets: Tensor) -> Tensor:

@@ -37,6 +37,17 @@ def test_figures_of_every_engine_are_written(op: str, cases: int, tmp_path: Path
     assert "median ms" in capsys.readouterr().out
 
 
+def test_point_operations_beside_their_peers(tmp_path: Path, capsys) -> None:
+    target = tmp_path / "points.json"
+    assert main(["points", "--points", "600", "--size", "0.5", "--rounds", "7", "--json", str(target)]) == 0
+    timings = json.loads(target.read_text())["timings"]
+    assert len({t["case"] for t in timings}) == 8
+    for case in ("knn 16", "ball 0.2 m", "farthest 150", "distinct", "mean", "max"):
+        engines = [t["engine"] for t in timings if t["case"].startswith(case)]
+        assert engines[0] == "kernels"
+        assert len(engines) >= 2
+
+
 def test_orders_are_compared_layer_by_layer(tmp_path: Path, capsys) -> None:
     target = tmp_path / "orders.json"
     assert main(["orders", "--points", "1500", "--size", "0.5", "--rounds", "7", "--json", str(target)]) == 0
