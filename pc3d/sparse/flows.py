@@ -17,7 +17,7 @@ from pc3d.sparse.table import Choice, choose
 
 _SORTING: tuple[tuple[Window, int], ...] = (("all", 1), (None, 1), (1024, 1), ("all", 2), ("all", 3))
 _TILES = {
-    "cpu": tuple(Choice("os", rows) for rows in (128, 512, 2048)),
+    "cpu": tuple(Choice("os", rows) for rows in (512, 128, 2048)),
     "cuda": (
         *(Choice("os", rows, *sorting) for rows, sorting in product((64, 32, 128), _SORTING)),
         Choice("fod"),
