@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from torch import Tensor, nn
 
@@ -24,26 +25,50 @@ class FeatureInfo:
     stride: int
 
 
-class Backbone(nn.Module, Configurable, abc.ABC):
-    """A network from points to features.
+class PointNetwork(nn.Module, Configurable, abc.ABC):
+    """A network that takes points: what features of points and maps from above have in common.
 
     Attributes:
         in_channels: width of ``points.attrs["feat"]``.
         out_channels: width of what ``forward`` returns.
-        feature_info: the stages of ``forward_features``, in order of execution.
     """
 
     in_channels: int
     out_channels: int
-    feature_info: list[FeatureInfo]
     kept_in_eval: Sequence[nn.Module] = ()
     """Modules that stay in eval mode, whatever mode the rest is in: see :func:`pc3d.peft.attach`."""
 
-    def train(self, mode: bool = True) -> Backbone:
+    def train(self, mode: bool = True) -> Self:
         super().train(mode)
         for module in self.kept_in_eval:
             module.eval()
         return self
+
+    @abc.abstractmethod
+    def forward(self, points: Points) -> Tensor: ...
+
+    def check_input(self, points: Points) -> None:
+        """Check the width of the input features.
+
+        Raises:
+            InputError: names the cloud, the width found and the width expected.
+        """
+        feat = points.get("feat")
+        if feat.ndim != 2 or feat.shape[1] != self.in_channels:
+            raise InputError(
+                f"{points.describe()}: field 'feat' is {tuple(feat.shape)}, {type(self).__name__} takes "
+                f"(N, {self.in_channels}); make the pipeline's features and the backbone's in_channels agree"
+            )
+
+
+class Backbone(PointNetwork):
+    """A network from points to features of points, or of whole clouds.
+
+    Attributes:
+        feature_info: the stages of ``forward_features``, in order of execution.
+    """
+
+    feature_info: list[FeatureInfo]
 
     @abc.abstractmethod
     def forward(self, points: Points) -> Tensor:
@@ -66,16 +91,3 @@ class Backbone(nn.Module, Configurable, abc.ABC):
         """
         features = self(points)
         return (features if len(features) == len(points) else segment_max(features, points.offsets)), None
-
-    def check_input(self, points: Points) -> None:
-        """Check the width of the input features.
-
-        Raises:
-            InputError: names the cloud, the width found and the width expected.
-        """
-        feat = points.get("feat")
-        if feat.ndim != 2 or feat.shape[1] != self.in_channels:
-            raise InputError(
-                f"{points.describe()}: field 'feat' is {tuple(feat.shape)}, {type(self).__name__} takes "
-                f"(N, {self.in_channels}); make the pipeline's features and the backbone's in_channels agree"
-            )

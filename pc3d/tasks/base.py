@@ -21,7 +21,7 @@ from pc3d.data.prediction import Prediction
 from pc3d.errors import InputError
 from pc3d.losses import CrossEntropy, Loss, WeightedLoss
 from pc3d.metrics import SegmentationMetrics
-from pc3d.nn.backbone import Backbone
+from pc3d.nn.backbone import Backbone, PointNetwork
 from pc3d.peft import Adaptation, attach
 from pc3d.points import Points
 from pc3d.tasks.checkpoint import CARD, check_card, check_weights, data_entries, make_card
@@ -51,7 +51,7 @@ class PointTask(pl.LightningModule, Configurable):
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: PointNetwork,
         class_names: list[str],
         optimizer: OptimizerConfig = ADAMW,
         schedule: ScheduleConfig = ONECYCLE,
@@ -67,6 +67,7 @@ class PointTask(pl.LightningModule, Configurable):
             raise InputError(f"model.ema_decay is {ema_decay}: it must lie between 0 and 1")
         self.backbone = backbone
         if peft is not None:
+            assert isinstance(backbone, Backbone)  # tasks of maps have no adapters
             attach(backbone, peft)
         self.class_names = list(class_names)
         self.optimizer_config = optimizer

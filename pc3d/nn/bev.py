@@ -1,0 +1,165 @@
+"""Maps seen from above (bird's eye view, BEV): the contract between backbones and heads that detect objects.
+
+A map is ``(B, C, H, W)``: rows along y, columns along x, both rising. A cell covers ``stride`` voxels on either axis.
+"""
+
+# No postponed annotations here: jsonargparse takes the types of a dataclass's __init__ as they stand, and would check
+# nothing.
+import abc
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pc3d.config import Configurable
+from pc3d.errors import InputError
+from pc3d.nn.backbone import PointNetwork
+from pc3d.ops.segment import segment_mean
+from pc3d.ops.voxelize import UniqueVoxels, unique_voxels
+from pc3d.points import Points
+from pc3d.voxels import Voxels
+
+_WHOLE = 1e-3  # how far a range may be from a whole number of voxels, in voxels
+
+
+@dataclass(frozen=True)
+class BevGrid(Configurable):
+    """The box that a detector looks at, cut into voxels.
+
+    Attributes:
+        point_range: ``x_min y_min z_min x_max y_max z_max`` in metres.
+        voxel_size: edges of a voxel along x, y, z in metres.
+
+    Raises:
+        InputError: if the range is empty, or no whole number of voxels along an axis.
+    """
+
+    point_range: Sequence[float]
+    voxel_size: Sequence[float]
+
+    def __post_init__(self) -> None:
+        for name, value, length in (("point_range", self.point_range, 6), ("voxel_size", self.voxel_size, 3)):
+            if len(value) != length or not all(math.isfinite(v) for v in value):
+                raise InputError(f"grid.{name} is {list(value)}: it needs {length} finite numbers")
+        if not all(edge > 0 for edge in self.voxel_size):
+            raise InputError(f"grid.voxel_size is {list(self.voxel_size)}: edges must be positive")
+        for axis in range(3):
+            low, high, edge = self.point_range[axis], self.point_range[axis + 3], self.voxel_size[axis]
+            cells = (high - low) / edge
+            if not high > low or abs(cells - round(cells)) > _WHOLE:
+                raise InputError(
+                    f"grid.point_range goes from {low} to {high} along {'xyz'[axis]}: that must be a whole number "
+                    f"of voxels of {edge} m, not {cells:g}"
+                )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Voxels along x, y, z."""
+        x, y, z = (
+            round((self.point_range[axis + 3] - self.point_range[axis]) / self.voxel_size[axis]) for axis in range(3)
+        )
+        return x, y, z
+
+    def bev_shape(self, stride: int) -> tuple[int, int]:
+        """``(H, W)`` cells of a map; the last row or column may reach beyond the range."""
+        x, y, _ = self.shape
+        return -(-y // stride), -(-x // stride)
+
+    def cell_size(self, stride: int) -> tuple[float, float]:
+        """Edges of a cell of a map along x and y in metres."""
+        return self.voxel_size[0] * stride, self.voxel_size[1] * stride
+
+    def cell_centers(self, stride: int, device: torch.device | str = "cpu") -> Tensor:
+        """``(H, W, 2)`` float32 x and y of the middle of every cell of a map, in metres."""
+        height, width = self.bev_shape(stride)
+        axes = [
+            self.point_range[axis] + (torch.arange(count, device=device) + 0.5) * self.cell_size(stride)[axis]
+            for axis, count in ((0, width), (1, height))
+        ]
+        x, y = torch.meshgrid(*axes, indexing="xy")
+        return torch.stack([x, y], -1)
+
+    def cells(self, coord: Tensor) -> Tensor:
+        """``(N, 3)`` int32 voxel along x, y, z of each point, ``floor((p - low) / edge)`` in the dtype of ``coord``.
+
+        Points outside the range get voxels outside ``shape``.
+        """
+        low, edge = coord.new_tensor(list(self.point_range[:3])), coord.new_tensor(list(self.voxel_size))
+        limit = max(self.shape) + 1
+        return ((coord - low) / edge).floor().nan_to_num(-1.0).clamp(-1, limit).to(torch.int32)
+
+    def voxelize(
+        self, points: Points, max_points: int | None = None, max_voxels: int | None = None
+    ) -> tuple[Points, Voxels]:
+        """The points inside the range, and their voxels with the mean of ``feat``.
+
+        Args:
+            points: B clouds with ``feat`` ``(N, C)``.
+            max_points: keep the first so many points of a voxel.
+            max_voxels: keep the first so many voxels of a cloud, in the order in which points reach them.
+
+        Returns:
+            The points kept, and M voxels sorted by (batch, x, y, z) whose ``point_to_voxel`` and ``spatial_shape`` are
+            set; a cloud without points inside has none.
+        """
+        cells = self.cells(points.coord)
+        inside = ((cells >= 0) & (cells < cells.new_tensor(self.shape))).all(1)
+        rows = inside.nonzero()[:, 0]
+        kept, cells = points.replace(source=None).select(rows), cells[rows]
+        found = unique_voxels(cells, kept.offsets)
+        if max_points is not None or max_voxels is not None:
+            rows = _within_limits(found, max_points, max_voxels)
+            if len(rows) < len(cells):
+                kept, cells = kept.select(rows), cells[rows]
+                found = unique_voxels(cells, kept.offsets)
+        batch = kept.batch[found.first].to(torch.int32)
+        voxels = Voxels(
+            coord=torch.cat([batch[:, None], cells[found.first]], 1),
+            feat=segment_mean(kept.get("feat")[found.order_rows], found.row_offsets),
+            batch_size=len(points),
+            point_to_voxel=found.inverse,
+            spatial_shape=self.shape,
+        )
+        return kept, voxels
+
+
+def _within_limits(found: UniqueVoxels, max_points: int | None, max_voxels: int | None) -> Tensor:
+    """Rows, ascending, of the points that fit into their voxels, of the voxels that fit into their clouds."""
+    keep = torch.ones_like(found.order_rows, dtype=torch.bool)
+    if max_points is not None:
+        place = torch.arange(len(keep), device=keep.device)
+        start = torch.repeat_interleave(found.row_offsets[:-1], found.counts, output_size=len(keep))
+        keep &= place - start < max_points
+    if max_voxels is not None:
+        rank = torch.empty_like(found.first)
+        by_arrival = found.first.argsort()  # clouds lie one after the other, so they stay in place
+        rank[by_arrival] = torch.arange(len(rank), device=rank.device)
+        begin = torch.repeat_interleave(
+            found.voxel_offsets[:-1], found.voxel_offsets.diff(), output_size=len(found.first)
+        )
+        fits = rank - begin < max_voxels
+        keep &= torch.repeat_interleave(fits, found.counts, output_size=len(keep))
+    return found.order_rows[keep].sort().values
+
+
+class BevBackbone(PointNetwork):
+    """A network from points to a map seen from above.
+
+    Attributes:
+        grid: the box and its voxels.
+        stride: voxels per cell of the map, along x and along y.
+        out_channels: width C of the map.
+    """
+
+    grid: BevGrid
+    stride: int
+
+    @abc.abstractmethod
+    def forward(self, points: Points) -> Tensor:
+        """``(B, out_channels, H, W)`` with ``(H, W) = grid.bev_shape(stride)``; a cloud without points counts too.
+
+        Raises:
+            InputError: if ``points.attrs["feat"]`` is missing or not ``(N, in_channels)``.
+        """
