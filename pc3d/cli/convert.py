@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from pc3d.cli.parser import Parser
 from pc3d.errors import InputError
@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from pc3d.models.convert import KernelLayout
-    from pc3d.nn import Backbone
+    from pc3d.nn import PointNetwork
+    from pc3d.nn.serialized import SerializedUNet
     from pc3d.tasks import PointTask
 
 EXAMPLES = """\
@@ -154,7 +155,7 @@ def _load_ppt(state: dict[str, Tensor], task: PointTask, source: Path, layout_na
         raise InputError(str(error).replace("checkpoint:", f"{source}:", 1)) from None
 
 
-def _is_pointcept(backbone: Backbone) -> bool:
+def _is_pointcept(backbone: PointNetwork) -> TypeGuard[SerializedUNet]:
     from pc3d.nn.serialized import SerializedUNet
 
     return isinstance(backbone, SerializedUNet)

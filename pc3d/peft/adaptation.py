@@ -14,7 +14,7 @@ from torch import nn
 from pc3d.config import Configurable
 from pc3d.errors import InputError
 from pc3d.nn.adaptable import Adaptable, AdapterPart, BlockAdapter
-from pc3d.nn.backbone import Backbone
+from pc3d.nn.backbone import Backbone, PointNetwork
 from pc3d.peft.weights import is_adapted, restore_weight
 
 _NAME = re.compile(r"[A-Za-z_]\w*")
@@ -47,7 +47,7 @@ class Attached:
     added: frozenset[str]
 
 
-def attached(backbone: Backbone) -> dict[str, Attached]:
+def attached(backbone: PointNetwork) -> dict[str, Attached]:
     """The adapters of a backbone, by name, in the order they were attached."""
     return backbone.__dict__.setdefault("_attached", {})
 

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from pc3d.config import instantiate
 from pc3d.errors import InputError
 from pc3d.io.atomic import atomic_write
-from pc3d.nn.backbone import Backbone
+from pc3d.nn.backbone import Backbone, PointNetwork
 from pc3d.peft.adaptation import attach, attached
 
 _FORMAT = 1
 
 
-def base_state(backbone: Backbone) -> dict[str, Tensor]:
+def base_state(backbone: PointNetwork) -> dict[str, Tensor]:
     """State of the backbone without its adapters."""
     added = set().union(*(entry.added for entry in attached(backbone).values()))
     return {name: value for name, value in backbone.state_dict().items() if name not in added}

@@ -44,6 +44,7 @@ class Classification(ClassTask):
     """
 
     monitor = ("val/OA", "max")
+    backbone: Backbone
     metrics_class = ClassificationMetrics
 
     def __init__(

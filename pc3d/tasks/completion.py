@@ -43,6 +43,7 @@ class Completion(PointTask):
     """
 
     monitor = ("val/CD", "min")
+    backbone: Backbone
 
     def __init__(
         self,

@@ -89,6 +89,7 @@ class Pretraining(PointTask):
     """
 
     monitor = ("val/loss", "min")
+    backbone: Backbone
 
     def __init__(
         self,
