@@ -15,10 +15,12 @@ from pc3d.models.backbones.sonata import Sonata
 from pc3d.models.backbones.sparse_unet import SparseUNet
 from pc3d.models.backbones.stored import StoredLogits
 from pc3d.models.backbones.utonia import Utonia
+from pc3d.models.height_map import HeightMapNet
 
 __all__ = [
     "E3DSNN",
     "ConDaFormer",
+    "HeightMapNet",
     "LitePT",
     "PTv3",
     "PointCloudMamba",

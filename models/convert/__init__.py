@@ -2,6 +2,7 @@
 
 from pc3d.models.convert.condaformer import import_condaformer
 from pc3d.models.convert.e3dsnn import import_e3dsnn
+from pc3d.models.convert.height_map import import_height_map, load_height_map
 from pc3d.models.convert.kernels import KernelLayout
 from pc3d.models.convert.pcm import import_point_cloud_mamba
 from pc3d.models.convert.point_ssm import import_point_ssm
@@ -19,6 +20,7 @@ __all__ = [
     "export_sparse_unet",
     "import_condaformer",
     "import_e3dsnn",
+    "import_height_map",
     "import_point_cloud_mamba",
     "import_point_ssm",
     "import_point_vit",
@@ -26,4 +28,5 @@ __all__ = [
     "import_ppt",
     "import_pretraining",
     "import_sparse_unet",
+    "load_height_map",
 ]
