@@ -6,6 +6,7 @@
 NB_MODULE(_C, m) {
   m.doc() = "pc3d CPU kernels (C++17, no libtorch): arrays cross as DLPack tensors";
   pc3d::register_attention(m);
+  pc3d::register_boxes(m);
   pc3d::register_conv(m);
   pc3d::register_depthwise(m);
   pc3d::register_graph(m);

@@ -3,6 +3,7 @@
 
 namespace pc3d {
 void register_attention(nanobind::module_ &m);
+void register_boxes(nanobind::module_ &m);
 void register_conv(nanobind::module_ &m);
 void register_depthwise(nanobind::module_ &m);
 void register_graph(nanobind::module_ &m);

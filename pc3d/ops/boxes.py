@@ -1,4 +1,4 @@
-"""Oriented boxes: corners, points inside, exact overlap of rotated rectangles.
+"""Oriented boxes: corners, points inside, exact overlap of rotated rectangles, suppression of what overlaps.
 
 A rectangle is ``x, y, length, width, angle``: its length lies along (cos angle, sin angle). A LiDAR box is ``x, y, z``
 of its centre, ``dx, dy, dz`` and the heading about z.
@@ -6,10 +6,16 @@ of its centre, ``dx, dy, dz`` and the heading about z.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from pc3d.ops.backend import cpu_kernels
+
 _PAIRS_AT_ONCE = 1 << 18
+_BEV = [0, 1, 3, 4, 6]  # columns of a box that are its rectangle seen from above
 
 
 def rectangle_intersection(a: Tensor, b: Tensor) -> Tensor:
@@ -17,10 +23,14 @@ def rectangle_intersection(a: Tensor, b: Tensor) -> Tensor:
 
     Exact but for rounding (float64, relative to one of the two): equal rectangles share their whole area.
     """
-    a, b = a.double(), b.double()
+    a, b = a.detach().double(), b.detach().double()
+    area = a.new_zeros(len(a), len(b))
+    kernels = cpu_kernels(a, b)
+    if kernels is not None:
+        kernels.rectangle_intersection(a.contiguous(), b.contiguous(), area)
+        return area
     reach = [boxes[:, 2:4].norm(dim=1) / 2 for boxes in (a, b)]
     near = (a[:, None, :2] - b[None, :, :2]).norm(dim=2) < reach[0][:, None] + reach[1]
-    area = a.new_zeros(len(a), len(b))
     rows, columns = near.nonzero().unbind(1)
     for i, j in zip(rows.split(_PAIRS_AT_ONCE), columns.split(_PAIRS_AT_ONCE), strict=True):
         area[i, j] = _shared_area(a[i], b[j])
@@ -32,6 +42,105 @@ def rectangle_iou(a: Tensor, b: Tensor) -> Tensor:
     shared = rectangle_intersection(a, b)
     union = (a[:, 2] * a[:, 3]).double()[:, None] + (b[:, 2] * b[:, 3]).double() - shared
     return shared / union.clamp(min=1e-12)
+
+
+def box_iou(a: Tensor, b: Tensor) -> Tensor:
+    """``(N,)`` float64 intersection over union of the volumes of LiDAR boxes, pair by pair; not differentiable."""
+    a, b = a.detach().double(), b.detach().double()
+    shared = torch.cat(
+        [
+            _shared_area(i, j)
+            for i, j in zip(a[:, _BEV].split(_PAIRS_AT_ONCE), b[:, _BEV].split(_PAIRS_AT_ONCE), strict=True)
+        ]
+    )
+    top = torch.minimum(a[:, 2] + a[:, 5] / 2, b[:, 2] + b[:, 5] / 2)
+    bottom = torch.maximum(a[:, 2] - a[:, 5] / 2, b[:, 2] - b[:, 5] / 2)
+    shared = shared * (top - bottom).clamp(min=0)
+    union = a[:, 3:6].prod(1) + b[:, 3:6].prod(1) - shared
+    return shared / union.clamp(min=1e-6)
+
+
+def rotated_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    thresholds: float | Sequence[float],
+    labels: Tensor | None = None,
+    limit: int | None = None,
+) -> Tensor:
+    """Greedy suppression of boxes, the best score first, by the overlap of their rectangles seen from above.
+
+    A box goes if its overlap with one kept before it is greater than the threshold. Deterministic: of equal scores the
+    smaller row comes first.
+
+    Args:
+        boxes: ``(N, 7)`` LiDAR boxes (more columns are ignored).
+        scores: ``(N,)``.
+        thresholds: largest overlap allowed, ``shared / max(union, 1e-8)``; with ``labels`` one per class.
+        labels: ``(N,)`` int64; boxes of different classes do not suppress each other. None: all are one class.
+        limit: keep the best so many.
+
+    Returns:
+        ``(K,)`` int64 rows kept, best first.
+
+    Raises:
+        ValueError: if a class has no threshold.
+    """
+    order = scores.sort(descending=True, stable=True).indices
+    rectangles = boxes.detach()[order][:, _BEV].double()
+    group = torch.zeros_like(order) if labels is None else labels[order]
+    limits = [thresholds] if isinstance(thresholds, (int, float)) else list(thresholds)
+    if len(group) and not 0 <= int(group.min()) <= int(group.max()) < len(limits):
+        raise ValueError(f"{len(limits)} thresholds for classes {int(group.min())} to {int(group.max())}")
+    kernels = cpu_kernels(rectangles, group)
+    if kernels is None:
+        return order[_suppress(rectangles, group, limits)[:limit]]
+    keep = torch.empty(len(order), dtype=torch.bool)
+    kernels.rectangle_nms(
+        rectangles.contiguous(),
+        group.contiguous(),
+        torch.tensor(limits, dtype=torch.float64),
+        -1 if limit is None else limit,
+        keep,
+    )
+    return order[keep]
+
+
+def _suppress(rectangles: Tensor, group: Tensor, limits: Sequence[float]) -> Tensor:
+    """Rows kept of rectangles in descending order of score: overlaps on their device, the choice on the CPU."""
+    shared = rectangle_intersection(rectangles, rectangles)
+    area = rectangles[:, 2] * rectangles[:, 3]
+    overlap = shared / (area[:, None] + area - shared).clamp(min=1e-8)
+    above = overlap > rectangles.new_tensor(limits)[group][:, None]
+    rivals = (above & (group[:, None] == group)).cpu()
+    alive = torch.ones(len(group), dtype=torch.bool)
+    for row in range(len(group)):
+        if alive[row]:
+            alive[row + 1 :] &= ~rivals[row, row + 1 :]
+    return alive.nonzero()[:, 0].to(rectangles.device)
+
+
+def wrap_angle(angle: Tensor, offset: float = 0.5, period: float = math.pi) -> Tensor:
+    """``angle`` in ``[-offset, 1 - offset) * period``."""
+    return angle - torch.floor(angle / period + offset) * period
+
+
+def nearest_iou(a: Tensor, b: Tensor) -> Tensor:
+    """``(N, M)`` overlap of boxes seen from above, each snapped to the nearer of 0 and 90 degrees; in their dtype.
+
+    Lang et al., "PointPillars", CVPR 2019, section 3.2: what anchors are matched by.
+    """
+    low, high = zip(*(_snapped(boxes) for boxes in (a, b)), strict=True)
+    sides = (torch.minimum(high[0][:, None], high[1]) - torch.maximum(low[0][:, None], low[1])).clamp(min=0)
+    shared = sides[..., 0] * sides[..., 1]
+    area = [(h - l)[:, 0] * (h - l)[:, 1] for l, h in zip(low, high, strict=True)]
+    return shared / (area[0][:, None] + area[1] - shared).clamp(min=1e-6)
+
+
+def _snapped(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """``(N, 2)`` lower and upper corner of the upright rectangle that is nearest to each box."""
+    along = wrap_angle(boxes[:, 6]).abs() < math.pi / 4
+    size = torch.where(along[:, None], boxes[:, 3:5], boxes[:, [4, 3]])
+    return boxes[:, :2] - size / 2, boxes[:, :2] + size / 2
 
 
 def _shared_area(a: Tensor, b: Tensor) -> Tensor:
