@@ -5,6 +5,7 @@ Importers of published weights are in ``convert/``.
 
 from pc3d.models.backbones.condaformer import ConDaFormer
 from pc3d.models.backbones.e3dsnn import E3DSNN
+from pc3d.models.backbones.gridformer import GridFormer, GridFormerDecoder
 from pc3d.models.backbones.litept import LitePT
 from pc3d.models.backbones.pcm import PointCloudMamba
 from pc3d.models.backbones.point_ssm import PointSSM
@@ -20,6 +21,8 @@ from pc3d.models.height_map import HeightMapNet
 __all__ = [
     "E3DSNN",
     "ConDaFormer",
+    "GridFormer",
+    "GridFormerDecoder",
     "HeightMapNet",
     "LitePT",
     "PTv3",

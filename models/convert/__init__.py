@@ -2,6 +2,7 @@
 
 from pc3d.models.convert.condaformer import import_condaformer
 from pc3d.models.convert.e3dsnn import import_e3dsnn
+from pc3d.models.convert.gridformer import import_gridformer
 from pc3d.models.convert.height_map import import_height_map, load_height_map
 from pc3d.models.convert.kernels import KernelLayout
 from pc3d.models.convert.pcm import import_point_cloud_mamba
@@ -20,6 +21,7 @@ __all__ = [
     "export_sparse_unet",
     "import_condaformer",
     "import_e3dsnn",
+    "import_gridformer",
     "import_height_map",
     "import_point_cloud_mamba",
     "import_point_ssm",

@@ -47,6 +47,33 @@ def segment_max(values: Tensor, offsets: Tensor) -> Tensor:
     return _like_rows(largest, values)
 
 
+def segment_expand(values: Tensor, offsets: Tensor, rows: int) -> Tensor:
+    """Each segment's row of ``values`` (S, ...) once per row of the segment: ``(rows, ...)``; differentiable.
+
+    Args:
+        offsets: as for :func:`segment_sum`.
+        rows: ``offsets[-1]``, given so that no device has to be waited for.
+    """
+    _check(values, offsets)
+    return _like_rows(torch.ops.pc3d.segment_expand(_as_table(_wide(values)), offsets, rows), values)
+
+
+def segment_softmax(values: Tensor, offsets: Tensor) -> Tensor:
+    """Softmax over each run of rows, of each column by itself; differentiable.
+
+    Args:
+        values, offsets: as for :func:`segment_sum`. The largest value of a segment is subtracted first, so that no
+            exponential overflows; a segment of one row gives 1.
+
+    Returns:
+        ``(N, ...)``, at least float32: a share of thousands of rows is lost in half precision.
+    """
+    _check(values, offsets)
+    table, rows = _as_table(_wide(values)), len(values)
+    power = (table - segment_expand(segment_max(table.detach(), offsets), offsets, rows)).exp()
+    return (power / segment_expand(segment_sum(power, offsets), offsets, rows)).view(values.shape)
+
+
 def _wide(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
@@ -173,5 +200,14 @@ def _max_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return torch.ops.pc3d.segment_max_backward(grad, values, largest, offsets), None
 
 
+def _save_expand(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _expand_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return segment_sum(grad, ctx.saved_tensors[0]), None, None
+
+
+_segment_expand.register_autograd(_expand_backward, setup_context=_save_expand)
 _segment_sum.register_autograd(_sum_backward, setup_context=_save_sum)
 _segment_max.register_autograd(_max_backward, setup_context=_save_max)

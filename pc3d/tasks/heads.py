@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pc3d.config import Configurable
 from pc3d.metrics import Instances
+from pc3d.nn.point_grid import GridPyramid
 from pc3d.points import Points
 
 
@@ -44,6 +45,20 @@ class CompletionHead(nn.Module, Configurable, ABC):
     @abstractmethod
     def forward(self, latent: Tensor, condition: Tensor | None = None) -> Tensor:
         """``(B, M, 3)`` points from ``(B, in_channels)``."""
+
+
+class OccupancyHead(nn.Module, Configurable, ABC):
+    """From grids to the occupancy of any point of space.
+
+    Attributes:
+        in_channels: widths of the grids, level by level.
+    """
+
+    in_channels: list[int]
+
+    @abstractmethod
+    def forward(self, pyramid: GridPyramid, query: Tensor, offsets: Tensor) -> Tensor:
+        """``(Q,)`` logits of packed points ``(Q, 3)`` with ``(B + 1,)`` borders; positive is inside."""
 
 
 @dataclass

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pc3d.ops import segment
 from pc3d.ops.backend import use_backend
-from pc3d.ops.segment import segment_max, segment_mean, segment_sum
+from pc3d.ops.segment import segment_expand, segment_max, segment_mean, segment_softmax, segment_sum
 
 BACKENDS = ["reference", "auto"]
 REDUCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]] = {
@@ -157,3 +157,43 @@ def test_sums_by_torch_scatter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_scatter", package)
     values, offsets = torch.randn(9, 3, requires_grad=True), torch.tensor([0, 4, 4, 9])
     torch.testing.assert_close(segment._sum_by_torch_scatter(values, offsets), segment.segment_sum(values, offsets))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES)
+def test_softmax_equals_a_plain_loop(case: str, backend: str) -> None:
+    values, offsets = _case(case, torch.float64)
+    values.requires_grad_()
+    runs = [values[a:b].softmax(0) for a, b in itertools.pairwise(offsets.tolist())]
+    expected = torch.cat([values[:0], *runs])
+    weight = torch.randn_like(expected)
+    with use_backend(backend):
+        out = segment_softmax(values, offsets)
+        grad = torch.autograd.grad((out * weight).sum(), values)[0]
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(grad, torch.autograd.grad((expected * weight).sum(), values)[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_softmax_of_huge_values_in_large_segments(dtype: torch.dtype, backend: str) -> None:
+    """Thousands of rows, values that overflow an exponential, and shares that bfloat16 could not add up."""
+    offsets = torch.tensor([0, 5000, 5000, 5001])
+    values = torch.full((5001, 2), 1e4, dtype=dtype)
+    values[:, 1] = torch.linspace(-3e4, 3e4, 5001)
+    with use_backend(backend):
+        share = segment_softmax(values, offsets)
+        total = segment_sum(share, offsets)
+    assert share.dtype == torch.float32
+    torch.testing.assert_close(total, torch.tensor([[1.0, 1], [0, 0], [1, 1]]), atol=1e-4, rtol=0)  # one by one
+    torch.testing.assert_close(share[:5000, 0], torch.full((5000,), 1 / 5000), atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_expanding_repeats_rows_and_sums_gradients(backend: str) -> None:
+    offsets = torch.tensor([0, 2, 2, 5])
+    values = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+    with use_backend(backend):
+        assert torch.equal(segment_expand(values, offsets, 5), values[[0, 0, 2, 2, 2]])
+        assert segment_expand(values.bfloat16(), offsets, 5).dtype == torch.bfloat16
+        assert torch.autograd.gradcheck(lambda v: segment_expand(v, offsets, 5), values)
