@@ -11,6 +11,7 @@ NB_MODULE(_C, m) {
   pc3d::register_depthwise(m);
   pc3d::register_graph(m);
   pc3d::register_kernel_map(m);
+  pc3d::register_linear_attention(m);
   pc3d::register_segment(m);
   pc3d::register_lzf(m);
   pc3d::register_neighbours(m);

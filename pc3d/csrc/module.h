@@ -8,6 +8,7 @@ void register_conv(nanobind::module_ &m);
 void register_depthwise(nanobind::module_ &m);
 void register_graph(nanobind::module_ &m);
 void register_kernel_map(nanobind::module_ &m);
+void register_linear_attention(nanobind::module_ &m);
 void register_scan(nanobind::module_ &m);
 void register_segment(nanobind::module_ &m);
 void register_neighbours(nanobind::module_ &m);
