@@ -101,47 +101,44 @@ class BevGrid(Configurable):
             max_voxels: keep the first so many voxels of a cloud, in the order in which points reach them.
 
         Returns:
-            The points kept, and M voxels sorted by (batch, x, y, z) whose ``point_to_voxel`` and ``spatial_shape`` are
-            set; a cloud without points inside has none.
+            The points kept, voxel after voxel, and M voxels sorted by (batch, x, y, z) whose ``spatial_shape`` and
+            (rising) ``point_to_voxel`` are set; a cloud without points inside has none.
         """
         cells = self.cells(points.coord)
         inside = ((cells >= 0) & (cells < cells.new_tensor(self.shape))).all(1)
-        rows = inside.nonzero()[:, 0]
-        kept, cells = points.replace(source=None).select(rows), cells[rows]
-        found = unique_voxels(cells, kept.offsets)
-        if max_points is not None or max_voxels is not None:
-            rows = _within_limits(found, max_points, max_voxels)
-            if len(rows) < len(cells):
-                kept, cells = kept.select(rows), cells[rows]
-                found = unique_voxels(cells, kept.offsets)
-        batch = kept.batch[found.first].to(torch.int32)
+        points = points.replace(source=None).select(inside)
+        cells = cells[inside]
+        found = unique_voxels(cells, points.offsets)
+        rows = found.order_rows[_within_limits(found, max_points, max_voxels)]
+        kept, cells = points.select(rows), cells[rows]
+        voxel, counts = found.inverse[rows].unique_consecutive(return_inverse=True, return_counts=True)[1:]
+        borders = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        first = borders[:-1]
+        batch = kept.batch[first].to(torch.int32)
         voxels = Voxels(
-            coord=torch.cat([batch[:, None], cells[found.first]], 1),
-            feat=segment_mean(kept.get("feat")[found.order_rows], found.row_offsets),
+            coord=torch.cat([batch[:, None], cells[first]], 1),
+            feat=segment_mean(kept.get("feat"), borders),
             batch_size=len(points),
-            point_to_voxel=found.inverse,
+            point_to_voxel=voxel,
             spatial_shape=self.shape,
         )
         return kept, voxels
 
 
 def _within_limits(found: UniqueVoxels, max_points: int | None, max_voxels: int | None) -> Tensor:
-    """Rows, ascending, of the points that fit into their voxels, of the voxels that fit into their clouds."""
+    """Which of ``order_rows`` fit into their voxels, of the voxels that fit into their clouds."""
     keep = torch.ones_like(found.order_rows, dtype=torch.bool)
     if max_points is not None:
         place = torch.arange(len(keep), device=keep.device)
         start = torch.repeat_interleave(found.row_offsets[:-1], found.counts, output_size=len(keep))
         keep &= place - start < max_points
     if max_voxels is not None:
-        rank = torch.empty_like(found.first)
-        by_arrival = found.first.argsort()  # clouds lie one after the other, so they stay in place
-        rank[by_arrival] = torch.arange(len(rank), device=rank.device)
-        begin = torch.repeat_interleave(
-            found.voxel_offsets[:-1], found.voxel_offsets.diff(), output_size=len(found.first)
-        )
-        fits = rank - begin < max_voxels
-        keep &= torch.repeat_interleave(fits, found.counts, output_size=len(keep))
-    return found.order_rows[keep].sort().values
+        arrival = torch.empty_like(found.first)
+        arrival[found.first.argsort()] = torch.arange(len(arrival), device=arrival.device)
+        clouds = found.voxel_offsets  # they lie one after the other, so the voxels of a cloud arrive together
+        before = torch.repeat_interleave(clouds[:-1], clouds.diff(), output_size=len(arrival))
+        keep &= torch.repeat_interleave(arrival - before < max_voxels, found.counts, output_size=len(keep))
+    return keep
 
 
 class BevBackbone(PointNetwork):

@@ -1,4 +1,4 @@
-"""From features to class logits and instances."""
+"""From features to class logits, instances and boxes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pc3d.config import Configurable
+from pc3d.data.boxes import Boxes
 from pc3d.metrics import Instances
+from pc3d.nn.bev import BevGrid
 from pc3d.nn.point_grid import GridPyramid
 from pc3d.points import Points
 
@@ -98,6 +100,28 @@ class InstanceHead(nn.Module, Configurable, ABC, Generic[Output]):
     def baseline(self, output: Output, points: Points) -> list[Instances] | None:
         """Instances without what the head learned, to compare with; None if there is no such thing."""
         return None
+
+
+Predicted = TypeVar("Predicted")
+
+
+class DetectionHead(nn.Module, Configurable, ABC, Generic[Predicted]):
+    """From a map seen from above to boxes. A task calls :meth:`build` once, before anything else."""
+
+    @abstractmethod
+    def build(self, in_channels: int, class_names: list[str], grid: BevGrid, stride: int) -> None:
+        """Make the layers for ``(B, in_channels, H, W)`` maps of ``stride`` voxels of ``grid`` per cell."""
+
+    @abstractmethod
+    def forward(self, features: Tensor) -> Predicted: ...
+
+    @abstractmethod
+    def losses(self, output: Predicted, truth: list[Boxes]) -> dict[str, Tensor]:
+        """Named, weighted losses against the true boxes of every cloud."""
+
+    @abstractmethod
+    def detections(self, output: Predicted) -> list[Boxes]:
+        """Boxes of every cloud with scores, overlapping ones removed, best first; float32."""
 
 
 def instance_targets(points: Points, things: Tensor) -> tuple[Tensor, Tensor]:

@@ -54,6 +54,7 @@ def test_voxels_hold_means_of_points_inside():
     torch.testing.assert_close(voxels.feat[0], first[:3].mean(0))
     assert voxels.point_to_voxel is not None
     assert voxels.point_to_voxel.tolist() == [0, 0, 0, 1, 2]
+    assert kept.get("feat")[:4, 0].tolist() == first[:4, 0].tolist()
     assert voxels.batch_size == 4
     assert voxels.spatial_shape == (8, 16, 1)
 
@@ -70,7 +71,7 @@ def test_limits_keep_the_first_points_and_voxels():
     cloud = Points(coord, attrs={"feat": torch.arange(8.0)[:, None]})
     both = Points.cat([cloud, cloud])
     kept, voxels = grid().voxelize(both, max_points=2, max_voxels=3)
-    assert kept.get("feat")[:, 0].tolist() == [0, 1, 2, 3, 4] * 2
+    assert kept.get("feat")[:, 0].tolist() == [4, 1, 2, 0, 3] * 2
     assert voxels.coord[:, :2].tolist() == [[0, 0], [0, 1], [0, 3], [1, 0], [1, 1], [1, 3]]
     assert voxels.feat[:3, 0].tolist() == [4, 1.5, 1.5]
     assert grid().voxelize(both, max_voxels=9)[0].num_points == 16
