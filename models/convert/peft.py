@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from pc3d.errors import InputError
 from pc3d.nn.adaptable import AdapterPart
 from pc3d.peft.dapt import DAPTPart
 from pc3d.peft.idpt import GraphPrompt, IDPTPart
+from pc3d.peft.point_peft import PointPEFTPart
 from pc3d.peft.pointgst import PointGSTPart
 
 _AFFINES = (("", ("norm1", "norm2", "prompt")), (r"attn\.", ("qkv", "proj")), (r"mlp\.", ("fc1", "fc2")))
@@ -34,6 +35,17 @@ _NAMES: dict[type[AdapterPart], list[tuple[str, str]]] = {
             for i, place in enumerate(places, 1)
         ),
         (r"^tfts_(gamma|beta)_(\d)$", r"affine\2.\1"),
+    ],
+    PointPEFTPart: [
+        (r"^prompt_cor$", "prompt_coord"),
+        (r"^blocks\.norm3\.", "attention.norm."),
+        (r"^blocks\.attn1\.", "attention."),
+        (rf"{_BLOCK}prompt_embeddings$", r"prompts.\1.prompt"),
+        (rf"{_BLOCK}cp_adapter\.", r"prompts.\1.refine."),
+        (rf"{_BLOCK}adapter\.", r"blocks.\1.mlp."),
+        (rf"{_BLOCK}adapter1\.", r"blocks.\1.last."),
+        (rf"{_BLOCK}out_transform\.0\.", r"blocks.\1.norm."),
+        (rf"{_BLOCK}ad_gate$", ""),  # published, and never used
     ],
     PointGSTPart: [
         (rf"{_BLOCK}gft_adapter\.(down|up)\.", r"blocks.\1.\2."),
@@ -65,18 +77,32 @@ def adapter_state(state: Mapping[str, Tensor], name: str, part: AdapterPart) -> 
         for pattern, replacement in names:
             ours, hits = re.subn(pattern, replacement, key)
             if hits:
-                found[f"network.adapters.{name}.{_counted(ours, part)}"] = value
+                if ours := _own_name(ours, part):
+                    found[f"network.adapters.{name}.{ours}"] = value
                 break
         else:
             found[key] = value
-    # The published class token is the sum of the base's and the difference; the base gets it, the difference is zero.
-    for difference in ("cls_token", "cls_pos"):
-        found[f"network.adapters.{name}.{difference}"] = torch.zeros_like(getattr(part, difference))
     return found
 
 
-def _counted(name: str, part: AdapterPart) -> str:
-    """Edge layers count from 0 here, and belong to the prompt network, as all but the position."""
-    if not isinstance(part, IDPTPart) or name == "prompt_pos":
-        return name
-    return "prompt." + re.sub(r"^edges\.(\d)", lambda m: f"edges.{int(m[1]) - 1}", name)
+def _own_name(name: str, part: AdapterPart) -> str:
+    """The name with what differs from part to part; none for tensors that never had an influence."""
+    if isinstance(part, PointPEFTPart):
+        prompt = re.match(r"prompts\.(\d+)\.", name)
+        if prompt and int(prompt[1]) >= len(part.prompts):
+            return ""  # later blocks have no prompts
+        return re.sub(r"\.ln([12])\.", lambda m: f".{('down', 'up')[int(m[1]) - 1]}.", name)
+    if isinstance(part, IDPTPart) and name != "prompt_pos":  # edge layers of the prompt network count from 0
+        return "prompt." + re.sub(r"^edges\.(\d)", lambda m: f"edges.{int(m[1]) - 1}", name)
+    return name
+
+
+def differences(names: Iterable[str]) -> dict[str, str]:
+    """Tensors that train as a difference from one of the base, and that one."""
+    found = {}
+    for name in names:
+        if token := re.match(r"(network\.)adapters\.\w+\.(cls_token|cls_pos)$", name):
+            found[name] = token[1] + token[2]
+        elif weight := re.match(r"(.+\.)adapted\.(\w+)\.[\w-]+\.delta$", name):
+            found[name] = weight[1] + weight[2]
+    return found

@@ -6,11 +6,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from pc3d.errors import InputError
 from pc3d.models.backbones.point_vit import PointViT
-from pc3d.models.convert.peft import adapter_state
+from pc3d.models.convert.peft import adapter_state, differences
 from pc3d.models.convert.state_dict import listing, published_state, without_kernel
 from pc3d.nn.adaptable import AdapterPart
 
@@ -32,10 +33,13 @@ _OF_PRETRAINING = (
     r"(decoder_pos_embed|MAE_decoder|increase_dim|lm_head|cls_head|PQ_decoder|PQ_linear|PQattn_contrast)\.)"
 )
 _PREFIX = ("MAE_encoder.", "transformer_q.", "PQAE_encoder.")
+_NEVER_PUBLISHED = r"^network\.adapters\.\w+\.bank\."
 _NOT_PRETRAINED = r"^(network\.(cls_token|cls_pos)$|network\.decoder\.|network\.(.+\.)?adapt(ers|ed)\.|head\.)"
 
 
-def import_point_vit(checkpoint: Mapping[str, Any], network: PointViT, head: nn.Module | None = None) -> list[str]:
+def import_point_vit(
+    checkpoint: Mapping[str, Any], network: PointViT, head: nn.Module | None = None, onto_base: bool = False
+) -> list[str]:
     """Load published weights: a classifier, a part segmentation, or the encoder of a pre-training.
 
     Args:
@@ -43,10 +47,14 @@ def import_point_vit(checkpoint: Mapping[str, Any], network: PointViT, head: nn.
         network: of the checkpoint's sizes; ``ignore_origin=True`` samples patches as it was trained with.
         head: :class:`~pc3d.models.heads.MLPHead` with ``bias=True`` of a classification, a linear head of a part
             segmentation; None leaves the published head out.
+        onto_base: the network holds the pre-trained weights that the file was tuned from: what trained in place of one
+            of them becomes a difference from it. :class:`~pc3d.peft.PointPEFT` asks the pre-trained network for its
+            prompts; for other adapters it changes nothing. False: the tuned values become the base.
 
     Returns:
         Names that keep their values: what a pre-training does not have (class token of Point-MAE, decoder, head, an
-        adapter of the network). A fine-tuned file has the adapter that is attached, or none if none is.
+        adapter of the network), and the bank of an adapter. A fine-tuned file has the adapter that is attached, or
+        none if none is.
 
     Raises:
         InputError: if other names are missing or left over, or shapes differ; lists them, and nothing has been loaded
@@ -72,8 +80,11 @@ def import_point_vit(checkpoint: Mapping[str, Any], network: PointViT, head: nn.
             stored[ours] = value
     pair = nn.ModuleDict({"network": network} | ({} if head is None else {"head": head}))
     own = pair.state_dict()
+    if adapters:
+        _split_differences(stored, own, onto_base)
     missing = own.keys() - stored.keys()
-    new = {name for name in missing if pretrained and re.match(_NOT_PRETRAINED, name)}
+    allowed = _NOT_PRETRAINED if pretrained else _NEVER_PUBLISHED
+    new = {name for name in missing if re.match(allowed, name)}
     if pretrained and network.cls_token is None:
         stored = {name: value for name, value in stored.items() if name not in ("network.cls_token", "network.cls_pos")}
     problems = listing("missing", missing - new) + listing("unexpected", stored.keys() - own.keys())
@@ -87,6 +98,15 @@ def import_point_vit(checkpoint: Mapping[str, Any], network: PointViT, head: nn.
         raise InputError(f"checkpoint: does not fit this PointViT: {'; '.join(problems)}")
     pair.load_state_dict({name: without_kernel(value) for name, value in stored.items()}, strict=False)
     return sorted(new)
+
+
+def _split_differences(stored: dict[str, Tensor], own: Mapping[str, Tensor], onto_base: bool) -> None:
+    """Give the differences that ``own`` has their values, and their bases what is left."""
+    for difference, base in differences(own).items():
+        stored[difference] = torch.zeros_like(own[difference])
+        if onto_base and base in stored and stored[base].shape == own[base].shape:
+            stored[difference] = stored[base] - own[base]
+            stored[base] = own[base]
 
 
 def _classifier(index: int, head: nn.Module | None) -> str:

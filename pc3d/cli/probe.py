@@ -70,20 +70,14 @@ def features(task: Pretraining, data: PointDataModule, split: Split) -> tuple[np
     """
     import torch
 
-    from pc3d.points import Points
     from pc3d.tasks.classification import cloud_labels
 
-    numbers = torch.arange(data.dataset.size(split))
-    if not len(numbers):
+    count = data.dataset.size(split)
+    if not count:
         raise InputError(f"data: has no {split} clouds")
     found, labels = [], []
-    for some in numbers.split(data.val_batch_size):
-        clouds = []
-        for i in some.tolist():
-            generator = torch.Generator().manual_seed(i)
-            cloud = data.dataset.load(split, i)
-            clouds.append(data.pipeline.evaluate(cloud, generator=generator).replace(source=None))
-        batch = Points.cat(clouds)
+    for batch in data.evaluated(split, range(count)):
+        batch = batch.replace(source=None)
         with torch.no_grad():
             found.append(task(batch.to(task.device)).float().cpu())
         labels.append(cloud_labels(batch))

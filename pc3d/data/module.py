@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, get_args
 
 import pytorch_lightning as pl
@@ -174,6 +174,27 @@ class PointDataModule(pl.LightningDataModule):
             kind = type(self.dataset).__name__
             raise InputError(f"{kind}: the {samples.stored} split has no clouds (root: {self.dataset.root})")
         return samples
+
+    def evaluated(self, stored: Split, clouds: Iterable[int]) -> Iterator[Points]:
+        """Clouds of a stored split by their numbers, as validation would see them, ``val_batch_size`` at a time."""
+        samples = CloudSamples(self.dataset, self.pipeline, "val", self.seed, self.cache, stored)
+        numbers = list(clouds)
+        workers = min(self.num_workers, len(numbers))
+        loader = CloudLoader(
+            samples, sampler=numbers, batch_size=self.val_batch_size, collate_fn=cat_samples, num_workers=workers
+        )
+        return iter(loader)
+
+    def some_training_clouds(self, count: int) -> Iterator[Points]:
+        """So many training clouds, evenly from all of them, as validation would see them.
+
+        Raises:
+            InputError: if there are fewer.
+        """
+        total = self.dataset.size("train")
+        if not 0 < count <= total:
+            raise InputError(f"{type(self.dataset).__name__}: {count} training clouds are asked for, there are {total}")
+        return self.evaluated("train", (i * total // count for i in range(count)))
 
     def _loader(
         self,

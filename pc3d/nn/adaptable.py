@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 from torch import nn
+
+from pc3d.points import Points
 
 
 class AdapterPart(nn.Module):
@@ -29,6 +31,9 @@ class BlockAdapter(AdapterPart, abc.ABC):
     @abc.abstractmethod
     def forward(self, block: Any, run: Callable[[Any], Any], tokens: Any) -> Any:
         """What the block is to give for ``tokens``; ``run(tokens)`` is what it gives without this part."""
+
+    def prepare(self, block: Any, clouds: Callable[[int], Iterable[Points]]) -> None:
+        """What the part does once before a training: see :func:`pc3d.peft.prepare`."""
 
     def remove(self, block: Any) -> None:
         """Take back what the part changed in the block, other than being in its ``adapters``."""

@@ -9,6 +9,7 @@ from pc3d.peft.adaptation import (
     detach,
     disabled,
     merge,
+    prepare,
     use,
 )
 from pc3d.peft.blocks import Bottleneck, Combined, Prompts
@@ -16,6 +17,7 @@ from pc3d.peft.dapt import DAPT
 from pc3d.peft.files import base_state, fingerprint, load_adapter, save_adapter
 from pc3d.peft.idpt import IDPT
 from pc3d.peft.lora import LoRA
+from pc3d.peft.point_peft import PointPEFT
 from pc3d.peft.pointgst import PointGST
 from pc3d.peft.selective import BitFit, LinearProbe, NormTuning, ScaleShift
 
@@ -31,6 +33,7 @@ __all__ = [
     "NormTuning",
     "ParameterCounts",
     "PointGST",
+    "PointPEFT",
     "Prompts",
     "ScaleShift",
     "attach",
@@ -42,6 +45,7 @@ __all__ = [
     "fingerprint",
     "load_adapter",
     "merge",
+    "prepare",
     "save_adapter",
     "use",
 ]

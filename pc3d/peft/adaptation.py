@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,6 +16,7 @@ from pc3d.errors import InputError
 from pc3d.nn.adaptable import Adaptable, AdapterPart, BlockAdapter
 from pc3d.nn.backbone import Backbone, PointNetwork
 from pc3d.peft.weights import is_adapted, restore_weight
+from pc3d.points import Points
 
 _NAME = re.compile(r"[A-Za-z_]\w*")
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -80,6 +81,8 @@ def attach(backbone: Backbone, method: Adaptation, name: str = "default") -> Att
     backbone.kept_in_eval = [
         m for m in backbone.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and id(m) not in inside
     ]
+    for norm in backbone.kept_in_eval:
+        norm.eval()
     return found
 
 
@@ -97,6 +100,20 @@ def detach(backbone: Backbone, name: str = "default") -> None:
     _known(backbone, name)
     _remove(backbone, name, keep=False)
     _forget(backbone, name)
+
+
+def prepare(backbone: Backbone, clouds: Callable[[int], Iterable[Points]]) -> None:
+    """Let adapters look at training clouds before the first step, with the pre-trained weights in place.
+
+    Args:
+        clouds: so many training clouds, evenly from all of them, in batches and as the backbone gets them; asked by
+            the adapters that want some (:class:`~pc3d.peft.PointPEFT`).
+    """
+    for module in backbone.modules():
+        if isinstance(module, Adaptable):
+            for part in module.adapters.values():
+                assert isinstance(part, BlockAdapter)
+                part.prepare(module, clouds)
 
 
 def merge(backbone: Backbone, name: str = "default") -> None:

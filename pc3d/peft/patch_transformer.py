@@ -21,8 +21,11 @@ class PatchTransformer(Protocol):
     adapters: nn.ModuleDict
     blocks: nn.ModuleList
     channels: int
+    ignore_origin: bool
     norm: nn.LayerNorm
     out_channels: int
+    patch_count: int
+    patch_points: int
 
     def tokens(self, points: Points) -> PatchTokens: ...
 

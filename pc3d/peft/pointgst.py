@@ -61,9 +61,10 @@ class PointGST(Adaptation):
 
     def insert(self, backbone: Backbone, name: str) -> None:
         network = patch_transformer(backbone, "PointGST")
-        patches = getattr(backbone, "patch_count", self.local)
-        if patches % self.local:
-            raise InputError(f"PointGST.local: {self.local} does not divide the {patches} patches of the network")
+        if network.patch_count % self.local:
+            raise InputError(
+                f"PointGST.local: {self.local} does not divide the {network.patch_count} patches of the network"
+            )
         network.adapters[name] = PointGSTPart(name, self, network)
 
 

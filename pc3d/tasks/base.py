@@ -22,7 +22,7 @@ from pc3d.errors import InputError
 from pc3d.losses import CrossEntropy, Loss, WeightedLoss
 from pc3d.metrics import SegmentationMetrics
 from pc3d.nn.backbone import Backbone, PointNetwork
-from pc3d.peft import Adaptation, attach
+from pc3d.peft import Adaptation, attach, prepare
 from pc3d.points import Points
 from pc3d.tasks.checkpoint import CARD, check_card, check_weights, data_entries, make_card
 from pc3d.tasks.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule, freeze_parameters
@@ -172,6 +172,12 @@ class PointTask(pl.LightningModule, Configurable):
 
     def on_fit_start(self) -> None:
         self.train()  # the trainer leaves modes as it finds them: those of a loaded or partly frozen task are not right
+        if self.is_new_fit() and (data := getattr(self.trainer, "datamodule", None)) is not None:
+            prepare(self.backbone, data.some_training_clouds)
+
+    def is_new_fit(self) -> bool:
+        """Whether a training begins, and none is resumed (its step count is restored later than its weights)."""
+        return self.trainer.ckpt_path is None and self.global_step == 0
 
     def log_rates(self, batch_size: int) -> None:
         """Log the learning rate of every parameter group."""

@@ -34,6 +34,11 @@ class EmaWeights(callbacks.WeightAveraging):
         if stage != "fit":  # left over from the training: it would put the trained weights back into a loaded average
             self._average_model = None
 
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._average_model is not None and not self._average_model.n_averaged:
+            # Copied before ``on_fit_start``, in which methods of pre-training and adapters get ready.
+            self._average_model.module.load_state_dict(pl_module.state_dict())
+
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:

@@ -119,7 +119,8 @@ class Pretraining(PointTask):
         return self.method.initial_state(state)
 
     def on_fit_start(self) -> None:
-        if self.global_step == 0:
+        super().on_fit_start()
+        if self.is_new_fit():
             self.method.start(self.backbone)
 
     def training_step(self, batch: Points, batch_idx: int) -> Tensor:

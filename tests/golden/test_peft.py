@@ -1,4 +1,4 @@
-"""IDPT, DAPT and PointGST against vectors recorded from the published implementations."""
+"""IDPT, DAPT, Point-PEFT and PointGST against vectors recorded from the published implementations."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import Tensor
 from pc3d.models import PointViT
 from pc3d.models.convert import import_point_vit
 from pc3d.models.heads import MLPHead
-from pc3d.peft import DAPT, IDPT, Adaptation, PointGST, attach
+from pc3d.peft import DAPT, IDPT, Adaptation, PointGST, PointPEFT, attach
 from pc3d.peft.dapt import DAPTPart
 from pc3d.peft.idpt import IDPTPart
 from pc3d.peft.patch_transformer import NetworkPart
+from pc3d.peft.point_peft import PointPEFTPart
 from pc3d.peft.pointgst import Bases, PointGSTPart, eigenbasis, laplacian, morton_keys, morton_order
 from pc3d.points import Points
 
@@ -37,7 +38,8 @@ def _adapted(golden: Golden, method: Adaptation) -> tuple[PointViT, NetworkPart,
     )
     attach(network, method)
     head = MLPHead(network.out_channels, config["cls_dim"], (256, 256), bias=True).eval()
-    assert import_point_vit(golden.group("state"), network.eval(), head) == []
+    kept = import_point_vit(golden.group("state"), network.eval(), head)
+    assert all(".bank." in name for name in kept)
     part = network.adapters["default"]
     assert isinstance(part, NetworkPart)
     return network, part, head
@@ -90,6 +92,34 @@ def test_dapt(golden: Golden) -> None:
         _close(given, golden.tensor(f"out/adapter_in{i}"))
         _close(added, golden.tensor(f"out/adapter{i}"))
         _close(out, golden.tensor(f"out/block{i}"))
+
+
+@pytest.mark.parametrize("golden", golden_files("pointpeft-vit"))
+def test_point_peft(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the recorded query and bank, and the look-up as published."""
+    config, bank = golden.meta["config"], golden.tensor("in/bank").T
+    rank = config["adapter_config"]["adapter_dim"]
+    method = PointPEFT(len(bank), rank, half_bank=False, published_neighbours=True)
+    network, part, head = _adapted(golden, method)
+    assert isinstance(part, PointPEFTPart)
+    part.bank.fill(bank)
+    query = golden.tensor("in/cp_feat")
+    monkeypatch.setattr(part, "query", lambda network, tokens: query)
+    points = _points(golden)
+    centres = network.tokens(points).centres
+    _close(centres, golden.tensor("out/center_a"))
+    with torch.no_grad():
+        _close(part.retrieve(query, points), golden.tensor("out/cache_prompt"))
+        prompted, plain = part.neighbourhoods(network, points, centres)
+    for near, suffix in ((prompted, "_prompt"), (plain, "")):
+        assert torch.equal(near.rows.flatten(), golden.tensor(f"out/idx{suffix}"))
+        assert torch.equal(near.own.flatten(), golden.tensor(f"out/center_idx{suffix}"))
+    blocks = []
+    for block in part.blocks:
+        block.register_forward_hook(lambda module, args, out: blocks.append(out))
+    _check_head(golden, network, head)
+    for i, block in enumerate(blocks):
+        _close(block, golden.tensor(f"out/block{i}"))
 
 
 @pytest.mark.parametrize("golden", golden_files("pointgst-vit"))

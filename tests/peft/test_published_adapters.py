@@ -1,4 +1,4 @@
-"""IDPT, DAPT and PointGST: published numbers of parameters, what trains, files, clouds that do not see each other."""
+"""IDPT, DAPT, PointGST, Point-PEFT: published numbers of parameters, what trains, files, clouds by themselves."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from pc3d.peft import (
     Adaptation,
     LoRA,
     PointGST,
+    PointPEFT,
     attach,
     count_parameters,
     detach,
     disabled,
     load_adapter,
+    prepare,
     save_adapter,
 )
 from pc3d.peft.idpt import GraphPrompt
@@ -37,7 +39,10 @@ METHODS = {
     "dapt-plain": lambda: DAPT(3, class_token=False, prompts="max", patches="mean", identity=True),
     "pointgst": lambda: PointGST(3, 4),
     "pointgst-fourier": lambda: PointGST(3, 4, "UT", signs=True),
+    "point-peft": lambda: PointPEFT(6, 3, prompts=5, prompt_blocks=1),
 }
+# Learned and never used: prompts of the last six blocks, and a factor in every block.
+UNUSED = 6 * (10 * 384 + 2 * 8 * 384 + 8 + 384) + 12
 
 
 def clouds(*counts: int, seed: int = 0) -> Points:
@@ -67,10 +72,12 @@ def features(backbone: PointViT, points: Points) -> Tensor:
         (DAPT(72, prompts=None), 40, 1_069_716),
         (PointGST(), 15, 622_831),
         (PointGST(), 40, 629_256),
+        (PointPEFT(), 15, 773_017 - UNUSED),
+        (PointPEFT(), 40, 779_442 - UNUSED),
     ],
 )
 def test_published_numbers_of_parameters(method: Adaptation, classes: int, expected: int) -> None:
-    """Of Point-MAE with the head; those of the papers are 1.7 M, 1.1 M and 0.6 M."""
+    """Of Point-MAE with the head; those of the papers are 1.7 M, 1.1 M, 0.6 M and 0.7 to 0.8 M."""
     with torch.device("meta"):
         base = PointViT(patches=128)
         attach(base, method)
@@ -84,6 +91,7 @@ def test_life_of_an_adapter(how: str, tmp_path: Path) -> None:
     state, before = copy.deepcopy(base.state_dict()), features(base, points)
     torch.manual_seed(4)
     attach(base, METHODS[how]())
+    prepare(base, lambda count: [clouds(*[20 + i for i in range(count)], seed=7)])
     assert (how[:8] == "pointgst") == torch.equal(features(base, points), before)
     head = MLPHead(base.out_channels, 3, (8,))
     base.train()
