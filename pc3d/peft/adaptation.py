@@ -102,7 +102,7 @@ def detach(backbone: Backbone, name: str = "default") -> None:
     _forget(backbone, name)
 
 
-def prepare(backbone: Backbone, clouds: Callable[[int], Iterable[Points]]) -> None:
+def prepare(backbone: PointNetwork, clouds: Callable[[int], Iterable[Points]]) -> None:
     """Let adapters look at training clouds before the first step, with the pre-trained weights in place.
 
     Args:
