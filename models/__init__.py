@@ -10,8 +10,10 @@ from pc3d.models.backbones.litept import LitePT
 from pc3d.models.backbones.pcm import PointCloudMamba
 from pc3d.models.backbones.point_ssm import PointSSM
 from pc3d.models.backbones.point_vit import PointViT
+from pc3d.models.backbones.pointpillars import PointPillars
 from pc3d.models.backbones.pointsp import PointSP
 from pc3d.models.backbones.ptv3 import PTv3
+from pc3d.models.backbones.second import SECOND
 from pc3d.models.backbones.sonata import Sonata
 from pc3d.models.backbones.sparse_unet import SparseUNet
 from pc3d.models.backbones.stored import StoredLogits
@@ -20,6 +22,7 @@ from pc3d.models.height_map import HeightMapNet
 
 __all__ = [
     "E3DSNN",
+    "SECOND",
     "ConDaFormer",
     "GridFormer",
     "GridFormerDecoder",
@@ -27,6 +30,7 @@ __all__ = [
     "LitePT",
     "PTv3",
     "PointCloudMamba",
+    "PointPillars",
     "PointSP",
     "PointSSM",
     "PointViT",

@@ -112,18 +112,21 @@ def write_kernel(weight: Tensor, conv: SparseConvolution, layout: KernelLayout, 
     return full.permute(_axes(conv, layout, columns)).reshape(shape)
 
 
-def detect_layout(stored: Mapping[str, Tensor], convs: Mapping[str, SparseConvolution]) -> KernelLayout:
+def detect_layout(
+    stored: Mapping[str, Tensor], convs: Mapping[str, SparseConvolution], columns: Columns = "xyz"
+) -> KernelLayout:
     """The layout that fits the shapes of all kernels, or most of them when none fits all.
 
     Args:
         stored: kernels by name.
         convs: the layers they are meant for, by the same names.
+        columns: order of the coordinate rows there.
 
     Raises:
         InputError: if the shapes leave a choice, e.g. because every layer has as many input as output channels.
     """
     fits = {
-        layout: sum(tuple(stored[name].shape) == stored_shape(conv, layout) for name, conv in convs.items())
+        layout: sum(tuple(stored[name].shape) == stored_shape(conv, layout, columns) for name, conv in convs.items())
         for layout in KernelLayout
     }
     best = [layout for layout, count in fits.items() if count == max(fits.values())]

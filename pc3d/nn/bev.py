@@ -19,6 +19,7 @@ from pc3d.nn.backbone import PointNetwork
 from pc3d.ops.segment import segment_mean
 from pc3d.ops.voxelize import UniqueVoxels, unique_voxels
 from pc3d.points import Points
+from pc3d.sparse.dense import to_dense
 from pc3d.voxels import Voxels
 
 _WHOLE = 1e-3  # how far a range may be from a whole number of voxels, in voxels
@@ -160,3 +161,14 @@ class BevBackbone(PointNetwork):
         Raises:
             InputError: if ``points.attrs["feat"]`` is missing or not ``(N, in_channels)``.
         """
+
+
+def bev_map(voxels: Voxels) -> Tensor:
+    """``(B, C * Z, Y, X)``: the levels of a bounded grid ``(M, C)`` of X, Y, Z cells become channels, height fastest.
+
+    Raises:
+        ValueError: if the grid has no ``spatial_shape``.
+    """
+    if voxels.spatial_shape is None:
+        raise ValueError("a map needs a bounded grid: set spatial_shape")
+    return to_dense(voxels).permute(0, 1, 4, 3, 2).flatten(1, 2).contiguous()

@@ -1,0 +1,63 @@
+"""Published weights of OpenPCDet and its forks for detectors of this package."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from pc3d.models.convert.kernels import KernelLayout, detect_layout
+from pc3d.models.convert.state_dict import convert_state_dict
+from pc3d.nn.bev import BevBackbone
+from pc3d.sparse import SparseConvolution
+from pc3d.tasks.heads import DetectionHead
+
+_NAMES = (
+    (r"^dense_head\.", "head."),
+    (r"^vfe\.pfn_layers\.0\.", "backbone.vfe."),
+    (r"^backbone_3d\.", "backbone.encoder."),
+    (r"^backbone_2d\.", "backbone.neck."),
+    (r"^global_step$", ""),
+)
+
+
+def import_openpcdet(
+    checkpoint: Mapping[str, Any],
+    backbone: BevBackbone,
+    head: DetectionHead | None = None,
+    layout: KernelLayout | None = None,
+    rename: Sequence[tuple[str, str]] = _NAMES,
+) -> KernelLayout | None:
+    """Load a published state into a backbone and its head.
+
+    Args:
+        checkpoint: the state, or a mapping with the state under ``"model_state"`` or ``"state_dict"``.
+        backbone: :class:`~pc3d.models.SECOND` or :class:`~pc3d.models.PointPillars` of the checkpoint's settings.
+        head: has been built, with the checkpoint's classes in their order; None leaves the published head out.
+        layout: how sparse kernels are stored; None detects it (spconv 1 or 2).
+        rename: from published names to names behind ``backbone.`` and ``head.``, see :func:`convert_state_dict`.
+
+    Returns:
+        The layout of sparse kernels; None if there are none.
+
+    Raises:
+        InputError: if names are missing or left over, or shapes differ; lists them, and nothing has been loaded then.
+    """
+    state = checkpoint.get("model_state", checkpoint.get("state_dict", checkpoint))
+    names = [*rename] if head is not None else [(r"^dense_head\..*", ""), *rename]
+    network = nn.ModuleDict({"backbone": backbone} if head is None else {"backbone": backbone, "head": head})
+    convs = {f"{n}.weight": m for n, m in network.named_modules() if isinstance(m, SparseConvolution)}
+    if convs and layout is None:
+        stored = {_renamed(name, names): value for name, value in state.items()}
+        layout = detect_layout(stored, {n: conv for n, conv in convs.items() if n in stored}, "zyx")
+    found = convert_state_dict(state, network, layout or KernelLayout.KRSC, names, "zyx")
+    network.load_state_dict(found)
+    return layout if convs else None
+
+
+def _renamed(name: str, rename: Sequence[tuple[str, str]]) -> str:
+    for pattern, replacement in rename:
+        name = re.sub(pattern, replacement, name)
+    return name
