@@ -30,6 +30,8 @@ def write_config(path: Path, head: int, **model: Any) -> Path:
     arguments |= model
     config["data"]["pipeline"] |= {"crop": [POINTS], "select": [POINTS]}
     config["data"] |= {"batch_size": 4, "cache": False}
+    config["data"]["dataset"]["init_args"] = {"train": 12, "val": 4, "test": 1, "points": 100}
+    config["trainer"]["callbacks"] = [{"class_path": "pc3d.tasks.callbacks.SavePictures", "init_args": {"clouds": 0}}]
     path.write_text(yaml.safe_dump(config))
     return path
 
@@ -40,6 +42,52 @@ def logits(checkpoint: Path) -> Tensor:
     points = Points(coord, attrs={"segment": torch.zeros(100, dtype=torch.int64)})
     assert isinstance(task, Classification)
     return classify(task, pipeline, points, generator=torch.Generator().manual_seed(0))
+
+
+PEFT: dict[str, dict[str, Any]] = {
+    "LoRA": {"rank": 2},
+    "PointPEFT": {"bank_size": 12, "prompts": 4, "prompt_blocks": 1, "dropout": 0.3},
+}
+
+
+@pytest.mark.parametrize("method", ["PointPEFT", pytest.param("LoRA", marks=pytest.mark.slow)])
+def test_an_interrupted_run_goes_on_to_the_same_weights(
+    method: str, tmp_path: Path, pc3d, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapter, head, their average, moments of the optimizer, bank: bit for bit."""
+    peft = {"class_path": f"pc3d.peft.{method}", "init_args": PEFT[method]}
+    config = write_config(tmp_path / "tuned.yaml", 24, peft=peft, ema_decay=0.9)
+    words = [
+        "train",
+        "--config",
+        config,
+        "--test",
+        "false",
+        "--every_n_train_steps",
+        1,
+        "--trainer.num_sanity_val_steps",
+        1,
+    ]
+    assert pc3d(*words, "--run_dir", "whole").status == 0
+    step = Classification.training_step
+
+    def interrupted(self: Classification, batch: Points, batch_idx: int) -> Tensor:
+        if self.global_step == 1:
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Classification, "training_step", interrupted)
+        assert pc3d(*words, "--run_dir", "half").status == 130
+    outcome = pc3d(*words, "--run_dir", "half", "--ckpt_path", "half/checkpoints/last.ckpt")
+    assert outcome.status == 0, outcome.err
+    whole, half = (torch.load(f"{run}/checkpoints/last.ckpt", weights_only=True) for run in ("whole", "half"))
+    for state in ("state_dict", "current_model_state"):
+        assert whole[state].keys() == half[state].keys()
+        assert all(torch.equal(half[state][name], value) for name, value in whole[state].items()), state
+    moments = [file["optimizer_states"][0]["state"] for file in (whole, half)]
+    assert all(torch.equal(moments[1][i]["exp_avg_sq"], state["exp_avg_sq"]) for i, state in moments[0].items())
+    assert torch.equal(logits(Path("whole/checkpoints/last.ckpt")), logits(Path("half/checkpoints/last.ckpt")))
 
 
 @pytest.mark.slow

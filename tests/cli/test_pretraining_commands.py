@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from pc3d.models.pretrain import PointMAE
 from pc3d.tasks import Pretraining, load_task
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -55,7 +56,11 @@ def test_pretrain_and_fine_tune(method: str, pc3d: Any, tmp_path: Path) -> None:
     assert refused.status != 0
 
 
-def test_a_resumed_pretraining_ends_with_the_same_weights(pc3d: Any, tmp_path: Path) -> None:
+def test_a_resumed_pretraining_ends_with_the_same_weights(
+    pc3d: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+    monkeypatch.setattr(PointMAE, "start", lambda method, backbone: started.append(backbone))
     config = yaml.safe_load((CONFIGS / "synthetic_shapes" / "pretrain-point-mae-tiny.yaml").read_text())
     config["model"]["init_args"]["schedule"] = {"name": "constant"}
     path = tmp_path / "pre.yaml"
@@ -70,6 +75,7 @@ def test_a_resumed_pretraining_ends_with_the_same_weights(pc3d: Any, tmp_path: P
         for run in (tmp_path / "whole", tmp_path / "half")
     ]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert len(started) == 2, "a resumed method is not started again: it would lose its momentum encoder"
 
 
 @pytest.mark.slow
