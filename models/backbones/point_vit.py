@@ -5,27 +5,23 @@ Patches around farthest points become tokens; a class token joins them; all see 
 
 from __future__ import annotations
 
-import itertools
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pc3d.errors import InputError
 from pc3d.nn import FeatureInfo
 from pc3d.nn.adaptable import Adaptable
-from pc3d.nn.interpolation import interpolate
+from pc3d.nn.patch_decoders import LevelDecoder, PatchDecoder
 from pc3d.nn.patches import MiniPointNet, Patches, group_patches
 from pc3d.nn.vit import PatchBackbone, PatchTokens, position_mlp, transformer_blocks
 from pc3d.points import Points
 
-_CATEGORY_CHANNELS = 64
-
 
 class PointViT(Adaptable, PatchBackbone):
-    """Encoder of Point-MAE with a class token, or with its part segmentation decoder.
+    """Encoder of Point-MAE with a class token, or with its part segmentation decoder or Point-BERT's.
 
     Clouds need at least as many points as there are patches, and as a patch has; they may differ in size.
 
@@ -40,6 +36,8 @@ class PointViT(Adaptable, PatchBackbone):
         decoder: widths of two layers on tokens interpolated to the points and of two behind the joined features of
             point and cloud (published: 1536, 1024, 512, 256); None: a cloud's class token beside the largest of its
             patch tokens, ``(B, 2 C)``. With a decoder there is no class token.
+        levels: points of two clouds between patches and points, which Point-BERT's decoder goes through (published:
+            512, 256); it reads three stages, and there is a class token. Not together with ``decoder``.
         categories: one-hot categories ``points.attrs["category"]`` that the decoder sees.
         ignore_origin: published sampling, which never takes points within 0.0316 of the origin.
     """
@@ -59,6 +57,7 @@ class PointViT(Adaptable, PatchBackbone):
         decoder: Sequence[int] | None = None,
         categories: int = 0,
         ignore_origin: bool = False,
+        levels: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.make_adaptable(channels)
@@ -66,8 +65,10 @@ class PointViT(Adaptable, PatchBackbone):
             raise InputError(f"PointViT.in_channels: {in_channels}; the coordinates come first, they alone are 3")
         if not stages or list(stages) != sorted(set(stages)) or not 0 <= stages[0] <= stages[-1] < depth:
             raise InputError(f"PointViT.stages: {list(stages)} must rise within the {depth} blocks, 0..{depth - 1}")
-        if categories and decoder is None:
+        if categories and decoder is None and levels is None:
             raise InputError("PointViT.categories: only a decoder makes use of them")
+        if levels is not None and (decoder is not None or len(stages) != 3):
+            raise InputError("PointViT.levels: belongs to a decoder of its own, which reads three stages")
         self.in_channels, self.stages = in_channels, tuple(stages)
         self.patch_count, self.patch_points, self.ignore_origin = patches, patch_points, ignore_origin
         self.encoder = MiniPointNet(in_channels, encoder_channels or channels)
@@ -79,22 +80,23 @@ class PointViT(Adaptable, PatchBackbone):
         self.apply(_initialise)
         self.cls_token: nn.Parameter | None = None
         self.cls_pos: nn.Parameter | None = None
-        self.decoder: PatchDecoder | None = None
+        self.decoder: PatchDecoder | LevelDecoder | None = None
         if decoder is None:
             self.cls_token, self.cls_pos = (nn.Parameter(torch.empty(1, 1, channels)) for _ in range(2))
             for token in (self.cls_token, self.cls_pos):
                 nn.init.trunc_normal_(token, std=0.02)
-            self.out_channels = 2 * channels
         else:
-            self.decoder = PatchDecoder(len(stages) * channels, decoder, categories)
-            self.out_channels = decoder[-1]
+            self.decoder = PatchDecoder(channels, len(stages), decoder, categories)
+        if levels is not None:
+            self.decoder = LevelDecoder(channels, levels, categories, ignore_origin)
+        self.out_channels = 2 * channels if self.decoder is None else self.decoder.out_channels
 
     def run(self, points: Points) -> Tensor:
         tokens = self.tokens(points)
         if self.decoder is None:
             feat = self.norm(self.encode(tokens).feat)
             return torch.cat([feat[:, 0], feat[:, tokens.special :].amax(1)], -1)
-        return self.decoder(points, tokens.centres, torch.cat(self._stage_features(tokens), -1))
+        return self.decoder(points, tokens.centres, self._stage_features(tokens))
 
     def forward_features(self, points: Points) -> Mapping[str, Points]:
         tokens = self.tokens(points)
@@ -139,52 +141,6 @@ class PointViT(Adaptable, PatchBackbone):
             if i in self.stages:
                 found.append(self.norm(tokens.patches))
         return found
-
-
-class PatchDecoder(nn.Module):
-    """From patches to points: interpolated tokens, and the largest and mean token and the category of the cloud."""
-
-    def __init__(self, in_channels: int, channels: Sequence[int], categories: int) -> None:
-        super().__init__()
-        if len(channels) != 4:
-            raise InputError(f"PointViT.decoder: {list(channels)} must be four widths")
-        self.categories, self.category = categories, None
-        if categories:
-            self.category = nn.Sequential(
-                nn.Linear(categories, _CATEGORY_CHANNELS, bias=False),
-                nn.BatchNorm1d(_CATEGORY_CHANNELS),
-                nn.LeakyReLU(0.2),
-            )
-        widths = [in_channels + 3, *channels[:2]]
-        self.spread = nn.Sequential(*(_layer(a, b) for a, b in itertools.pairwise(widths)))
-        whole = 2 * in_channels + (_CATEGORY_CHANNELS if categories else 0)
-        self.join = _layer(channels[1] + whole, channels[2])
-        self.last = nn.Sequential(nn.Dropout(0.5), _layer(*channels[2:]))
-
-    def forward(self, points: Points, centres: Tensor, feat: Tensor) -> Tensor:
-        """``(N, channels[-1])`` from ``(B, G, 3)`` centres and their ``(B, G, in_channels)`` features."""
-        cloud = torch.repeat_interleave(points.offsets.diff(), output_size=points.num_points)
-        each = self.spread(torch.cat([points.coord, _interpolate(points, centres, feat)], -1))
-        parts = [feat.amax(1), feat.mean(1)]
-        if self.category is not None:
-            category = points.get("category").reshape(-1)[points.offsets[:-1]]
-            parts.append(self.category(F.one_hot(category.long(), self.categories).to(feat.dtype)))
-        # The first layer on [point, cloud] in two parts: what comes from the cloud is computed once for it.
-        linear, norm, activation = self.join
-        assert isinstance(linear, nn.Linear)
-        of_each, of_whole = linear.weight.split([each.shape[1], linear.in_features - each.shape[1]], 1)
-        x = F.linear(each, of_each) + F.linear(torch.cat(parts, -1), of_whole, linear.bias)[cloud]
-        return self.last(activation(norm(x)))
-
-
-def _layer(in_channels: int, channels: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(in_channels, channels), nn.BatchNorm1d(channels), nn.ReLU())
-
-
-def _interpolate(points: Points, centres: Tensor, feat: Tensor) -> Tensor:
-    """``(N, C)`` at the points from ``(B, G, C)`` at the centres."""
-    offsets = torch.arange(len(centres) + 1, device=centres.device) * centres.shape[1]
-    return interpolate(points.coord, points.offsets, centres.flatten(0, 1), offsets, feat.flatten(0, 1))
 
 
 def _initialise(module: nn.Module) -> None:

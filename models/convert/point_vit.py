@@ -14,12 +14,13 @@ from pc3d.models.backbones.point_vit import PointViT
 from pc3d.models.convert.peft import adapter_state, differences
 from pc3d.models.convert.state_dict import listing, published_state, without_kernel
 from pc3d.nn.adaptable import AdapterPart
+from pc3d.nn.patch_decoders import LevelDecoder
 
 _NAMES = [
     (r"^(encoder|reduce_dim|pos_embed|norm|cls_token|cls_pos)(?=\.|$)", r"network.\1"),
     (r"^blocks\.blocks\.", "network.blocks."),
+    (r"^(label_conv|propagation_0|convs[123]|bns[12])_cls\.", r"\1."),  # of scenes
     (r"^label_conv\.", "network.decoder.category."),
-    (r"^(propagation_0|convs[123]|bns[12])_cls\.", r"\1."),  # of scenes
     (r"^propagation_0\.mlp_convs\.(\d+)\.", r"network.decoder.spread.\1.0."),
     (r"^propagation_0\.mlp_bns\.(\d+)\.", r"network.decoder.spread.\1.1."),
     (r"^convs1\.", "network.decoder.join.0."),
@@ -27,6 +28,19 @@ _NAMES = [
     (r"^convs2\.", "network.decoder.last.1.0."),
     (r"^bns2\.", "network.decoder.last.1.1."),
     (r"^convs3\.", "head.linear."),
+]
+_LEVELS = [
+    (r"^propagation_(\d)\.mlp_convs\.(\d)\.", r"network.decoder.propagation.\1.\2.0."),
+    (r"^propagation_(\d)\.mlp_bns\.(\d)\.", r"network.decoder.propagation.\1.\2.1."),
+    *(
+        (rf"^dgcnn_pro_{level + 1}\.layer{layer}\.{i}\.", f"network.decoder.edges.{level}.{edges}.{name}.")
+        for level in (0, 1)
+        for layer, edges in ((1, "across"), (2, "within"))
+        for i, name in enumerate(("linear", "norm"))
+    ),
+    (r"^conv1\.", "network.decoder.last.0."),
+    (r"^bn1\.", "network.decoder.last.1."),
+    (r"^conv2\.", "head.linear."),
 ]
 _OF_PRETRAINING = (
     r"^(mask_token$|"
@@ -64,7 +78,7 @@ def import_point_vit(
     pretrained = any(name.startswith(_PREFIX) for name in plain)
     if any(name.startswith("transformer_q.") for name in plain):
         plain = {name: value for name, value in plain.items() if name.startswith("transformer_q.")}
-    stored = {}
+    stored, names = {}, [*(_LEVELS if isinstance(network.decoder, LevelDecoder) else []), *_NAMES]
     adapters = {} if pretrained else dict(network.adapters.items())
     for name, part in adapters.items():
         assert isinstance(part, AdapterPart)
@@ -74,7 +88,7 @@ def import_point_vit(
         if pretrained and re.match(_OF_PRETRAINING, ours):
             continue
         ours = re.sub(r"^cls_head_finetune\.(\d+)\.", lambda m: _classifier(int(m[1]), head), ours)
-        for pattern, replacement in _NAMES:
+        for pattern, replacement in names:
             ours = re.sub(pattern, replacement, ours)
         if head is not None or not ours.startswith("head."):
             stored[ours] = value

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from pc3d.errors import InputError
 from pc3d.losses.patches import patch_distance
 from pc3d.nn import Backbone, FeatureInfo
+from pc3d.nn.edge_conv import EdgeConv
 from pc3d.nn.patches import MiniPointNet, Patches, block_mask, group_patches
 from pc3d.nn.vit import PatchBackbone
 from pc3d.points import Points
@@ -110,24 +111,6 @@ def centre_graph(centres: Tensor, neighbours: int = 4) -> Tensor:
     """``(B, G, k)`` int64 nearest centres of each centre, itself first."""
     distance = (centres[:, :, None] - centres[:, None]).square().sum(-1)
     return distance.argsort(dim=-1, stable=True)[..., :neighbours]
-
-
-class EdgeConv(nn.Module):
-    """Largest of a layer on ``[f_j - f_i, f_i]`` over the neighbours j (Wang et al. 2019, arXiv 1801.07829)."""
-
-    def __init__(self, in_channels: int, channels: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(2 * in_channels, channels, bias=False)
-        self.norm = nn.GroupNorm(4, channels)
-
-    def forward(self, feat: Tensor, graph: Tensor) -> Tensor:
-        """``(B, G, channels)`` from ``(B, G, in_channels)`` and rows ``(B, G, k)``."""
-        # The layer in two parts: each is computed once per node, not once per edge.
-        near, own = self.linear.weight.chunk(2, 1)
-        there, here = F.linear(feat, near), F.linear(feat, own - near)
-        batch = torch.arange(len(feat), device=feat.device)[:, None, None]
-        edges = there[batch, graph] + here[:, :, None]
-        return F.leaky_relu(self.norm(edges.permute(0, 3, 1, 2)), 0.2).amax(-1).transpose(1, 2)
 
 
 class CentreGraphNet(nn.Module):

@@ -63,7 +63,7 @@ def sample_centres(coord: Tensor, offsets: Tensor, points: int, ignore_origin: b
 def group_patches(points: Points, count: int, size: int, ignore_origin: bool = False) -> Patches:
     """Patches around farthest points; ``feat`` of the points holds their coordinates in its first three columns.
 
-    Where ``ignore_origin`` leaves fewer than ``count`` points to take, the first row that may be taken repeats.
+    ``ignore_origin``: see :func:`centre_rows`.
 
     Raises:
         InputError: if a cloud has fewer points than patches, or than a patch.
@@ -76,12 +76,7 @@ def group_patches(points: Points, count: int, size: int, ignore_origin: bool = F
             f"cloud {needed} or more (pc3d.data.transforms.FixedPoints)"
         )
     coord, feat = points.coord, points.get("feat")
-    taken, borders = sample_centres(coord, points.offsets, count, ignore_origin)
-    place = torch.arange(count, device=coord.device).expand(len(points), count)
-    centres = taken[(borders[:-1, None] + place).clamp(max=len(taken) - 1)]
-    if ignore_origin:
-        short = place >= borders.diff()[:, None]
-        centres = torch.where(short, _first_outside_ball(coord, points.offsets)[:, None], centres)
+    centres = centre_rows(coord, points.offsets, count, ignore_origin)
     each = torch.arange(len(points) + 1, device=coord.device) * count
     near, _ = knn(coord[centres.flatten()], each, coord, points.offsets, size)
     rows = near.view(len(points), count, size)
@@ -89,6 +84,20 @@ def group_patches(points: Points, count: int, size: int, ignore_origin: bool = F
     return Patches(
         coord[centres], rows, torch.cat([relative[..., :3] - feat[centres, None, :3], relative[..., 3:]], -1)
     )
+
+
+def centre_rows(coord: Tensor, offsets: Tensor, count: int, ignore_origin: bool) -> Tensor:
+    """``(B, count)`` rows of the farthest points of each cloud, in the order they are taken.
+
+    Where ``ignore_origin`` leaves fewer to take, the first row that may be taken repeats.
+    """
+    taken, borders = sample_centres(coord, offsets, count, ignore_origin)
+    place = torch.arange(count, device=coord.device).expand(len(offsets) - 1, count)
+    rows = taken[(borders[:-1, None] + place).clamp(max=len(taken) - 1)]
+    if not ignore_origin:
+        return rows
+    short = place >= borders.diff()[:, None]
+    return torch.where(short, _first_outside_ball(coord, offsets)[:, None], rows)
 
 
 def _first_outside_ball(coord: Tensor, offsets: Tensor) -> Tensor:

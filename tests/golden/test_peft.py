@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from harness import Golden, golden_files
-from torch import Tensor
+from patch_vit import close, points_of
 
 from pc3d.models import PointViT
 from pc3d.models.convert import import_point_vit
@@ -16,13 +16,6 @@ from pc3d.peft.idpt import IDPTPart
 from pc3d.peft.patch_transformer import NetworkPart
 from pc3d.peft.point_peft import PointPEFTPart
 from pc3d.peft.pointgst import Bases, PointGSTPart, eigenbasis, laplacian, morton_keys, morton_order
-from pc3d.points import Points
-
-
-def _points(golden: Golden) -> Points:
-    batch = golden.tensor("in/pts").contiguous()
-    coord = batch.flatten(0, 1)
-    return Points(coord, torch.arange(len(batch) + 1) * batch.shape[1], {"feat": coord})
 
 
 def _adapted(golden: Golden, method: Adaptation) -> tuple[PointViT, NetworkPart, MLPHead]:
@@ -45,16 +38,11 @@ def _adapted(golden: Golden, method: Adaptation) -> tuple[PointViT, NetworkPart,
     return network, part, head
 
 
-def _close(actual: Tensor, expected: Tensor) -> None:
-    bound = 1e-5 + 3e-6 * float(expected.abs().max())
-    torch.testing.assert_close(actual, expected, rtol=0, atol=bound)
-
-
 def _check_head(golden: Golden, network: PointViT, head: MLPHead) -> None:
     with torch.no_grad():
-        features = network(_points(golden))
-        _close(features, golden.tensor("out/head_in"))
-        torch.testing.assert_close(head(features, _points(golden)), golden.tensor("out/logits"), rtol=0, atol=1e-5)
+        features = network(points_of(golden))
+        close(features, golden.tensor("out/head_in"))
+        torch.testing.assert_close(head(features, points_of(golden)), golden.tensor("out/logits"), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("golden", golden_files("idpt"))
@@ -69,10 +57,10 @@ def test_idpt(golden: Golden) -> None:
     for block in network.blocks:
         block.register_forward_hook(lambda module, args, out: blocks.append(out.feat))
     _check_head(golden, network, head)
-    _close(seen["given"], golden.tensor("out/prompt_in"))
-    _close(seen["prompt"], golden.tensor("out/prompt"))
+    close(seen["given"], golden.tensor("out/prompt_in"))
+    close(seen["prompt"], golden.tensor("out/prompt"))
     for i, block in enumerate(blocks):
-        _close(block, golden.tensor(f"out/block{i}"))
+        close(block, golden.tensor(f"out/block{i}"))
 
 
 @pytest.mark.parametrize("golden", golden_files("dapt"))
@@ -89,9 +77,9 @@ def test_dapt(golden: Golden) -> None:
         block.register_forward_hook(lambda module, args, out: seen.append(out))
     _check_head(golden, network, head)
     for i, ((given, added), out) in enumerate(zip(seen[::2], seen[1::2], strict=True)):
-        _close(given, golden.tensor(f"out/adapter_in{i}"))
-        _close(added, golden.tensor(f"out/adapter{i}"))
-        _close(out, golden.tensor(f"out/block{i}"))
+        close(given, golden.tensor(f"out/adapter_in{i}"))
+        close(added, golden.tensor(f"out/adapter{i}"))
+        close(out, golden.tensor(f"out/block{i}"))
 
 
 @pytest.mark.parametrize("golden", golden_files("pointpeft-vit"))
@@ -105,11 +93,11 @@ def test_point_peft(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     part.bank.fill(bank)
     query = golden.tensor("in/cp_feat")
     monkeypatch.setattr(part, "query", lambda network, tokens: query)
-    points = _points(golden)
+    points = points_of(golden)
     centres = network.tokens(points).centres
-    _close(centres, golden.tensor("out/center_a"))
+    close(centres, golden.tensor("out/center_a"))
     with torch.no_grad():
-        _close(part.retrieve(query, points), golden.tensor("out/cache_prompt"))
+        close(part.retrieve(query, points), golden.tensor("out/cache_prompt"))
         prompted, plain = part.neighbourhoods(network, points, centres)
     for near, suffix in ((prompted, "_prompt"), (plain, "")):
         assert torch.equal(near.rows.flatten(), golden.tensor(f"out/idx{suffix}"))
@@ -119,7 +107,7 @@ def test_point_peft(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
         block.register_forward_hook(lambda module, args, out: blocks.append(out))
     _check_head(golden, network, head)
     for i, block in enumerate(blocks):
-        _close(block, golden.tensor(f"out/block{i}"))
+        close(block, golden.tensor(f"out/block{i}"))
 
 
 @pytest.mark.parametrize("golden", golden_files("pointgst-vit"))
@@ -141,8 +129,8 @@ def test_pointgst(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
         adapter.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
     _check_head(golden, network, head)
     for i, (given, added) in enumerate(seen):
-        _close(given, golden.tensor(f"out/adapter_in{i}"))
-        _close(added, golden.tensor(f"out/adapter{i}"))
+        close(given, golden.tensor(f"out/adapter_in{i}"))
+        close(added, golden.tensor(f"out/adapter{i}"))
 
 
 @pytest.mark.parametrize("golden", golden_files("pointgst-basis"))

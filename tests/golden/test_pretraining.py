@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from harness import Golden, golden_files
+from patch_vit import close, packed, point_vit, points_of
 from torch import Tensor
 
 from pc3d.losses.patches import patch_distance
-from pc3d.models import PointViT
 from pc3d.models.convert import import_point_vit, import_pretraining
 from pc3d.models.heads import MLPHead
 from pc3d.models.pretrain import DiscreteVAE, DiscreteVAETraining, PointBERT, PointMAE, PointPQAE
@@ -21,34 +20,8 @@ from pc3d.models.pretrain.point_pqae import ViewDraws
 from pc3d.nn.patches import block_mask, sample_centres, select_patches
 from pc3d.ops.neighbours import knn
 from pc3d.ops.point_sets import nearest_in_sets
-from pc3d.points import Points
 from pc3d.tasks import Classification
 from pc3d.tasks.heads import LinearHead
-
-
-def _points(batch: Tensor) -> Points:
-    coord = batch.contiguous().flatten(0, 1)
-    return Points(coord, torch.arange(len(batch) + 1) * batch.shape[1], {"feat": coord})
-
-
-def _network(sizes: dict[str, Any], groups: dict[str, Any], **changes: Any) -> PointViT:
-    encoder = sizes.get("encoder_dims", sizes["trans_dim"])
-    settings = {
-        "channels": sizes["trans_dim"],
-        "depth": sizes["depth"],
-        "num_heads": sizes["num_heads"],
-        "patches": groups["num_group"],
-        "patch_points": groups["group_size"],
-        "encoder_channels": encoder if encoder != sizes["trans_dim"] else None,
-        "stages": (sizes["depth"] - 1,),
-        "ignore_origin": True,
-    }
-    return PointViT(**(settings | changes)).eval()
-
-
-def _close(actual: Tensor, expected: Tensor, slack: float = 0.0) -> None:
-    bound = slack + 1e-5 + 3e-6 * float(expected.abs().max())
-    torch.testing.assert_close(actual.detach(), expected, rtol=0, atol=bound)
 
 
 def _canonical(patches: Tensor) -> Tensor:
@@ -62,7 +35,7 @@ def _canonical(patches: Tensor) -> Tensor:
 def test_point_mae(golden: Golden) -> None:
     config = golden.meta["config"]
     sizes = config["transformer_config"]
-    backbone = _network(sizes, config)
+    backbone = point_vit(sizes, config)
     masking = {"rand": "random", "block": "block"}[sizes["mask_type"]]
     method = PointMAE(
         sizes["decoder_depth"],
@@ -76,21 +49,21 @@ def test_point_mae(golden: Golden) -> None:
         "backbone.cls_pos",
         "backbone.cls_token",
     ]
-    points, hidden = _points(golden.tensor("in/pts")), golden.tensor("in/mask").bool()
+    points, hidden = points_of(golden), golden.tensor("in/mask").bool()
     patches = backbone.group(points)
     assert torch.equal(patches.centres, golden.tensor("out/center"))
     assert torch.equal(method.draw_mask(patches.centres).sum(1), hidden.sum(1))
     visible = method.encode(backbone, patches, hidden)
-    _close(visible, golden.tensor("out/x_vis"))
+    close(visible, golden.tensor("out/x_vis"))
     made = method.rebuild(visible, patches.centres, hidden).flatten(0, 1)
     wanted = select_patches(patches.feat, hidden).flatten(0, 1)
-    _close(made, golden.tensor("out/rebuilt"))
-    _close(_canonical(wanted), golden.tensor("out/gt_canonical"))
-    _close(nearest_in_sets(made, wanted), golden.tensor("out/chamfer_pred_to_gt"))
+    close(made, golden.tensor("out/rebuilt"))
+    close(_canonical(wanted), golden.tensor("out/gt_canonical"))
+    close(nearest_in_sets(made, wanted), golden.tensor("out/chamfer_pred_to_gt"))
     for kind in ("cdl1", "cdl2"):
-        _close(patch_distance(made, wanted, kind), golden.tensor(f"out/loss_{kind}"))  # type: ignore[arg-type]
+        close(patch_distance(made, wanted, kind), golden.tensor(f"out/loss_{kind}"))  # type: ignore[arg-type]
     output = method(backbone, points, hidden=hidden)
-    _close(output.losses["reconstruction"], golden.tensor("out/loss"))
+    close(output.losses["reconstruction"], golden.tensor("out/loss"))
     output.losses["reconstruction"].backward()
     mine = {
         "mask_token": method.mask_token,
@@ -99,7 +72,7 @@ def test_point_mae(golden: Golden) -> None:
         "decoder_pos_embed.0.weight": method.pos_embed[0].weight,
     }
     for name, parameter in mine.items():
-        _close(parameter.grad, golden.tensor(f"out/grad/{name}"))
+        close(parameter.grad, golden.tensor(f"out/grad/{name}"))
 
 
 @pytest.mark.parametrize("golden", golden_files("pointmae-pretrain*"))
@@ -107,17 +80,17 @@ def test_point_mae_panels(golden: Golden) -> None:
     """The published picture lists all visible points of the batch, then all hidden ones."""
     config = golden.meta["config"]
     sizes = config["transformer_config"]
-    backbone = _network(sizes, config)
+    backbone = point_vit(sizes, config)
     method = PointMAE(sizes["decoder_depth"], sizes["decoder_num_heads"], mask_ratio=sizes["mask_ratio"])
     method.build(backbone)
     import_pretraining(golden.group("state"), backbone, method.eval())
     hidden = golden.tensor("in/mask").bool()
-    panels = method(backbone, _points(golden.tensor("in/pts")), hidden=hidden).panels
+    panels = method(backbone, points_of(golden), hidden=hidden).panels
     count = panels["visible"].shape[1]
     assert torch.equal(panels["reconstruction"][:, :count], panels["visible"])
     rebuilt = panels["reconstruction"][:, count:]
     parts = golden.tensor("out/vis_full")[0].split([panels["visible"].numel() // 3, rebuilt.numel() // 3])
-    _close(rebuilt.flatten(0, 1), parts[1])
+    close(rebuilt.flatten(0, 1), parts[1])
     seen = panels["visible"].flatten(0, 1)
     torch.testing.assert_close(seen.sort(0).values, parts[0].sort(0).values)
 
@@ -126,7 +99,7 @@ def test_point_mae_panels(golden: Golden) -> None:
 def test_point_pqae(golden: Golden) -> None:
     config = golden.meta["config"]
     sizes = config["transformer_config"]
-    backbone = _network(sizes, config)
+    backbone = point_vit(sizes, config)
     method = PointPQAE(
         sizes["decoder_depth"],
         sizes["decoder_num_heads"],
@@ -138,27 +111,27 @@ def test_point_pqae(golden: Golden) -> None:
     draws = ViewDraws(
         tuple(golden.tensor("in/crop_rate").tolist()), golden.tensor("in/crop_center_idx"), golden.tensor("in/angle")
     )
-    points = _points(golden.tensor("in/pts"))
+    points = points_of(golden)
     views, delta = method.views(points, draws)
-    _close(delta, golden.tensor("out/delta"))
+    close(delta, golden.tensor("out/delta"))
     patches = [backbone.group(view) for view in views]
     encoded = method.encode(backbone, patches)
     for i, (view, own) in enumerate(zip(views, patches, strict=True)):
-        _close(view.coord.unflatten(0, (2, -1)), golden.tensor(f"out/view{i + 1}"))
+        close(view.coord.unflatten(0, (2, -1)), golden.tensor(f"out/view{i + 1}"))
         assert torch.equal(own.rows[..., 0] - view.offsets[:-1, None], golden.tensor(f"out/fps_idx{i + 1}"))
-        _close(own.centres, golden.tensor(f"out/center{i + 1}"))
-        _close(encoded[i], golden.tensor(f"out/tokens{i + 1}"))
+        close(own.centres, golden.tensor(f"out/center{i + 1}"))
+        close(encoded[i], golden.tensor(f"out/tokens{i + 1}"))
         query = method.query(own.centres, (1 - 2 * i) * delta)
-        _close(query, golden.tensor(f"out/vrpe{i + 1}"))
-        _close(method.attention(query, encoded[1 - i]), golden.tensor(f"out/query{i + 1}"))
+        close(query, golden.tensor(f"out/vrpe{i + 1}"))
+        close(method.attention(query, encoded[1 - i]), golden.tensor(f"out/query{i + 1}"))
         made = method.rebuild(query, encoded[1 - i])
-        _close(made.flatten(2), golden.tensor(f"out/predict{i + 1}"))
+        close(made.flatten(2), golden.tensor(f"out/predict{i + 1}"))
         for kind in ("cdl1", "cdl2") if i == 0 else ():
             value = patch_distance(made.flatten(0, 1), own.feat.flatten(0, 1), kind)  # type: ignore[arg-type]
-            _close(value, golden.tensor(f"out/view1_{kind}"))
+            close(value, golden.tensor(f"out/view1_{kind}"))
     losses = method(backbone, points, draws=draws).losses
     for i in (1, 2):
-        _close(losses[f"view{i}"], golden.tensor(f"out/loss{i}"))
+        close(losses[f"view{i}"], golden.tensor(f"out/loss{i}"))
     (losses["view1"] + losses["view2"]).backward()
     mine = {
         "PQ_linear.bias": method.to_points.bias,
@@ -167,15 +140,15 @@ def test_point_pqae(golden: Golden) -> None:
         "PQAE_encoder.encoder.first_conv.0.bias": backbone.encoder.first_conv[0].bias,
     }
     for name, parameter in mine.items():
-        _close(parameter.grad, golden.tensor(f"out/grad/{name}"))  # type: ignore[union-attr, arg-type]
+        close(parameter.grad, golden.tensor(f"out/grad/{name}"))  # type: ignore[union-attr, arg-type]
     method.joint = True
-    _close(method.encode(backbone, patches)[1], golden.tensor("out/tokens2"))
+    close(method.encode(backbone, patches)[1], golden.tensor("out/tokens2"))
 
 
 @pytest.mark.parametrize("golden", golden_files("pointpqae-cls_*"))
 def test_point_pqae_classifiers(golden: Golden) -> None:
-    config, points = golden.meta["config"], _points(golden.tensor("in/pts"))
-    backbone = _network(config, config)
+    config, points = golden.meta["config"], points_of(golden)
+    backbone = point_vit(config, config)
     linear = config["type"] == "linear"
     head = (
         LinearHead(backbone.out_channels, config["cls_dim"])
@@ -185,10 +158,10 @@ def test_point_pqae_classifiers(golden: Golden) -> None:
     assert import_point_vit({"base_model": golden.group("state")}, backbone, head) == []
     with torch.no_grad():
         feature = backbone(points)
-        _close(feature, golden.tensor("out/concat_feature"))
+        close(feature, golden.tensor("out/concat_feature"))
         logits = head(feature, points)
-        _close(logits, golden.tensor("out/logits"))
-        _close(torch.nn.functional.cross_entropy(logits, golden.tensor("in/label")), golden.tensor("out/loss"))
+        close(logits, golden.tensor("out/logits"))
+        close(torch.nn.functional.cross_entropy(logits, golden.tensor("in/label")), golden.tensor("out/loss"))
     task = Classification(backbone, [str(i) for i in range(config["cls_dim"])], head, freeze=[r"^backbone\.(?!cls_)"])
     trained = {name for name, parameter in task.named_parameters() if parameter.requires_grad}
     if linear:
@@ -198,13 +171,10 @@ def test_point_pqae_classifiers(golden: Golden) -> None:
 
 @pytest.mark.parametrize("golden", [*golden_files("pointpqae-partseg*"), *golden_files("pointpqae-semseg*")])
 def test_point_pqae_segmentation(golden: Golden) -> None:
-    config, points = golden.meta["config"], _points(golden.tensor("in/pts"))
-    categories = 16 if "in/onehot" in golden.arrays else 0
-    if categories:
-        category = golden.tensor("in/onehot")[:, 0].argmax(1).repeat_interleave(points.counts)
-        points = points.with_attrs(category=category)
+    config, points = golden.meta["config"], points_of(golden)
+    categories = 16 if "category" in points else 0
     widths = (4 * config["trans_dim"], 1024, 512, 256)
-    backbone = _network(config, config, stages=(3, 7, 11), decoder=widths, categories=categories)
+    backbone = point_vit(config, config, stages=(3, 7, 11), decoder=widths, categories=categories)
     head = LinearHead(backbone.out_channels, config["cls_dim"]).eval()
     assert import_point_vit(golden.group("state"), backbone, head) == []
     with torch.no_grad():
@@ -212,7 +182,7 @@ def test_point_pqae_segmentation(golden: Golden) -> None:
         for i, block in enumerate(backbone.blocks):
             tokens = block(tokens)
             if i in backbone.stages:
-                _close(tokens.feat, golden.tensor(f"out/block{i}"))
+                close(tokens.feat, golden.tensor(f"out/block{i}"))
         logits = head(backbone(points), points).log_softmax(1)
     expected = golden.tensor("out/log_prob").flatten(0, 1)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
@@ -238,41 +208,41 @@ def _tokenizer(config: dict[str, int]) -> DiscreteVAE:
 def test_point_bert_tokenizer(golden: Golden) -> None:
     network, method = _tokenizer(golden.meta["config"]), DiscreteVAETraining()
     assert import_pretraining({"base_model": golden.group("state")}, network, method) == []
-    points = _points(golden.tensor("in/pts"))
+    points = points_of(golden)
     patches = network.group(points)
     assert torch.equal(patches.centres, golden.tensor("out/center"))
     wanted = patches.feat.flatten(0, 1)
-    _close(_canonical(wanted), golden.tensor("out/neighborhood_canonical").flatten(0, 1))
+    close(_canonical(wanted), golden.tensor("out/neighborhood_canonical").flatten(0, 1))
     graph = centre_graph(patches.centres)
     assert torch.equal(graph, golden.tensor("out/graph_idx"))
     with torch.no_grad():
-        _close(network.encoder(patches.feat), golden.tensor("out/patch_features"))
+        close(network.encoder(patches.feat), golden.tensor("out/patch_features"))
         logits = network.logits(patches, graph)
-        _close(logits, golden.tensor("out/logits"))
+        close(logits, golden.tensor("out/logits"))
         assert torch.equal(network.words(patches), golden.tensor("out/tokens_argmax"))
         for case, temperature, hard in (("soft_t1", 1.0, False), ("soft_t0625", 0.0625, False), ("hard_t1", 1.0, True)):
             slack = 5e-5 if case == "soft_t0625" else 0.0  # this low a temperature amplifies rounding
             weights = gumbel_weights(logits, temperature, hard, golden.tensor("in/gumbel"))
             sets = dict(zip(("coarse", "fine"), network.decode(weights @ network.codebook, graph), strict=True))
             values = {f"cdl1_{name}": patch_distance(own.flatten(0, 1), wanted, "cdl1") for name, own in sets.items()}
-            _close(sum(values.values()), golden.tensor(f"out/{case}/loss_recon"), slack)  # type: ignore[arg-type]
-            _close(unequal_use(logits), golden.tensor(f"out/{case}/loss_kl"), slack)
+            close(sum(values.values()), golden.tensor(f"out/{case}/loss_recon"), slack)  # type: ignore[arg-type]
+            close(unequal_use(logits), golden.tensor(f"out/{case}/loss_kl"), slack)
             whole = (sets["fine"] + patches.centres[:, :, None]).flatten(1, 2)
             values |= {f"{k}_whole_fine": patch_distance(whole, golden.tensor("in/pts"), k) for k in ("cdl1", "cdl2")}  # type: ignore[arg-type]
             for name, value in (sets | values).items():
-                _close(value, golden.tensor(f"out/{case}/{name}"), slack)
+                close(value, golden.tensor(f"out/{case}/{name}"), slack)
         code = network.codebook[network.words(patches)]
-        _close(code, golden.tensor("out/argmax/sampled"))
-        _close(network.dgcnn_2(code, graph), golden.tensor("out/argmax/dgcnn2"))
+        close(code, golden.tensor("out/argmax/sampled"))
+        close(network.dgcnn_2(code, graph), golden.tensor("out/argmax/dgcnn2"))
         for own, name in zip(network.decode(code, graph), ("coarse", "fine"), strict=True):
-            _close(own, golden.tensor(f"out/argmax/{name}"))
+            close(own, golden.tensor(f"out/argmax/{name}"))
 
 
 @pytest.mark.parametrize("golden", golden_files("pointbert-mpm*"))
 def test_point_bert_step(golden: Golden) -> None:
     config = golden.meta["config"]
     sizes, words = config["transformer_config"], config["dvae_config"]
-    backbone = _network({**sizes, "encoder_dims": words["encoder_dims"]}, words)
+    backbone = point_vit({**sizes, "encoder_dims": words["encoder_dims"]}, words)
     tokenizer = _tokenizer(words)
     method = PointBERT(
         tokenizer,
@@ -288,14 +258,14 @@ def test_point_bert_step(golden: Golden) -> None:
     own = {f"dvae.{_published_graph_net(name)}": value for name, value in tokenizer.state_dict().items()}
     assert import_pretraining({"base_model": own | golden.group("state")}, backbone, method.eval()) == []
     tokenizer.words = lambda patches: golden.tensor("in/dvae_logits").argmax(-1)  # type: ignore[method-assign]
-    points = _points(golden.tensor("in/pts"))
+    points = points_of(golden)
     patches = backbone.group(points)
     assert torch.equal(patches.centres, golden.tensor("out/center"))
     share = golden.tensor("in/mixup_ratio")
     hidden = torch.stack([golden.tensor(f"in/mask_{name}").bool() for name in ("q", "mix", "k")])
     draws = MaskingDraws(hidden, share, golden.tensor("in/mixup_rand") < share[:, None])
     assert torch.equal(mix(patches, draws.own).centres, golden.tensor("out/mix_center"))
-    _close(method.features(backbone, points), golden.tensor("out/eval_feature"))
+    close(method.features(backbone, points), golden.tensor("out/eval_feature"))
     seeds, ratio = golden.tensor("in/block_seed_idx"), golden.tensor("in/block_ratio")
     mask = block_mask(patches.centres, seeds, (ratio * patches.centres.shape[1]).long())
     assert torch.equal(mask, golden.tensor("out/block_mask").bool())
@@ -305,15 +275,15 @@ def test_point_bert_step(golden: Golden) -> None:
     ):
         used = patches if name == "q" else mix(patches, draws.own)
         feature, encoded, asked = method._look(network, heads, used, hidden[where])
-        _close(feature, torch.nn.functional.normalize(golden.tensor(f"out/cls_{name}"), dim=1))
+        close(feature, torch.nn.functional.normalize(golden.tensor(f"out/cls_{name}"), dim=1))
         logits = heads.lm_head(encoded)
-        _close(logits[asked], golden.tensor("out/logits_masked" if name == "q" else "out/mix_logits_masked"))
+        close(logits[asked], golden.tensor("out/logits_masked" if name == "q" else "out/mix_logits_masked"))
         if name == "q":
-            _close(logits[~asked], golden.tensor("out/logits_visible"))
+            close(logits[~asked], golden.tensor("out/logits_visible"))
     method.training = True  # this module only: batch norm uses its running statistics, momentum and queue move
     losses = method(backbone, points, draws=draws).losses
-    _close(losses["words"] + losses["mixed_words"] + losses["contrast"], golden.tensor("out/loss_1"))
-    _close(losses["mixture"], golden.tensor("out/loss_2"))
+    close(losses["words"] + losses["mixed_words"] + losses["contrast"], golden.tensor("out/loss_1"))
+    close(losses["mixture"], golden.tensor("out/loss_2"))
     torch.stack(list(losses.values())).sum().backward()
     mine = {
         "mask_token": method.heads.mask_token,
@@ -322,10 +292,10 @@ def test_point_bert_step(golden: Golden) -> None:
         "reduce_dim.bias": backbone.reduce_dim.bias,
     }
     for name, parameter in mine.items():
-        _close(parameter.grad, golden.tensor(f"out/grad/{name}"))  # type: ignore[union-attr, arg-type]
-    _close(method.queue, golden.tensor("out/queue_after"))
+        close(parameter.grad, golden.tensor(f"out/grad/{name}"))  # type: ignore[union-attr, arg-type]
+    close(method.queue, golden.tensor("out/queue_after"))
     assert torch.equal(method.queue_ptr, golden.tensor("out/queue_ptr_after"))
-    _close(method.key_backbone.reduce_dim.weight, golden.tensor("out/k_reduce_dim_weight_after"))
+    close(method.key_backbone.reduce_dim.weight, golden.tensor("out/k_reduce_dim_weight_after"))
 
 
 def _published_graph_net(name: str) -> str:
@@ -336,7 +306,7 @@ def _published_graph_net(name: str) -> str:
 
 @pytest.mark.parametrize("golden", golden_files("pointbert-pointops*"))
 def test_point_bert_operations(golden: Golden) -> None:
-    points, query = _points(golden.tensor("in/pts")), _points(golden.tensor("in/query"))
+    points, query = points_of(golden), packed(golden.tensor("in/query"))
     count = golden.arrays["out/fps_skip"].shape[1]
     for name, ignore_origin in (("skip", True), ("noskip", False)):
         rows, _ = sample_centres(points.coord, points.offsets, count, ignore_origin)
@@ -346,12 +316,12 @@ def test_point_bert_operations(golden: Golden) -> None:
     rows, distance = knn(query.coord, query.offsets, points.coord, points.offsets, k)
     local = rows.view(len(points), -1, k) - points.offsets[:-1, None, None]
     assert torch.equal(local, golden.tensor("out/knn_idx").long())
-    _close(distance.sqrt().view(len(points), -1, k), golden.tensor("out/knn_dist"))
+    close(distance.sqrt().view(len(points), -1, k), golden.tensor("out/knn_dist"))
     a, b = (golden.tensor(f"in/ch_{name}").requires_grad_() for name in "ab")
-    _close(nearest_in_sets(a, b), golden.tensor("out/ch_dist1"))
-    _close(nearest_in_sets(b, a), golden.tensor("out/ch_dist2"))
+    close(nearest_in_sets(a, b), golden.tensor("out/ch_dist1"))
+    close(nearest_in_sets(b, a), golden.tensor("out/ch_dist2"))
     for kind in ("cdl1", "cdl2"):
         value = patch_distance(a, b, kind)  # type: ignore[arg-type]
-        _close(value, golden.tensor(f"out/{kind}"))
+        close(value, golden.tensor(f"out/{kind}"))
         for name, grad in zip("ab", torch.autograd.grad(value, (a, b)), strict=True):
-            _close(grad, golden.tensor(f"out/{kind}_grad_{name}"))
+            close(grad, golden.tensor(f"out/{kind}_grad_{name}"))

@@ -13,6 +13,7 @@ from pc3d.models.heads import MLPHead
 from pc3d.nn.patches import group_patches
 from pc3d.points import Points
 
+LEVELS = {"levels": (6, 4), "stages": (0, 1, 2), "categories": 3}
 SIZES = {"channels": 12, "depth": 3, "num_heads": 2, "patches": 6, "patch_points": 4, "stages": (0, 2)}
 
 
@@ -44,7 +45,7 @@ def test_published_sizes() -> None:
     assert rates[-1] == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("changes", [{}, {"decoder": (16, 8, 8, 8), "categories": 3, "in_channels": 5}])
+@pytest.mark.parametrize("changes", [{}, {"decoder": (16, 8, 8, 8), "categories": 3, "in_channels": 5}, LEVELS])
 def test_a_cloud_does_not_depend_on_its_batch_mates(changes: dict[str, object]) -> None:
     network, points = _network(**changes), _points([40, 6, 90], int(changes.get("in_channels", 3)))  # type: ignore[call-overload]
     with torch.no_grad():
@@ -52,6 +53,12 @@ def test_a_cloud_does_not_depend_on_its_batch_mates(changes: dict[str, object]) 
         alone = torch.cat([network(points[i]) for i in range(3)])
     assert together.shape == (136 if changes else 3, network.out_channels)
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_levels_want_as_many_points() -> None:
+    network = _network(**LEVELS | {"levels": (20, 4)})
+    with pytest.raises(InputError, match="10 points, the decoder wants 20 or more"):
+        network(_points([30, 10]))
 
 
 def test_only_the_first_point_of_a_cloud_matters_for_its_order() -> None:
@@ -73,7 +80,7 @@ def test_positions_are_added_before_every_block() -> None:
     torch.testing.assert_close(out.feat, tokens.feat + 3 * tokens.position)
 
 
-@pytest.mark.parametrize("changes", [{}, {"encoder_channels": 9}, {"decoder": (16, 8, 8, 8), "categories": 2}])
+@pytest.mark.parametrize("changes", [{}, {"encoder_channels": 9}, {"decoder": (16, 8, 8, 8), "categories": 2}, LEVELS])
 def test_gradients_reach_every_parameter(changes: dict[str, object]) -> None:
     network = _network(drop_path=0.0, **changes).train()
     network(_points([40, 30])).square().sum().backward()
@@ -117,6 +124,9 @@ def test_a_wrong_checkpoint_is_described() -> None:
         ({"num_heads": 5}, "channels 12 do not divide into num_heads 5"),
         ({"decoder": (8, 8)}, "must be four widths"),
         ({"categories": 2}, "only a decoder"),
+        ({"levels": (8, 4)}, "which reads three stages"),
+        (LEVELS | {"decoder": (8, 8, 8, 8)}, "belongs to a decoder of its own"),
+        (LEVELS | {"levels": (4, 8)}, "two numbers of points that fall"),
     ],
 )
 def test_wrong_arguments(changes: dict[str, object], message: str) -> None:
