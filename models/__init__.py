@@ -13,6 +13,7 @@ from pc3d.models.backbones.point_vit import PointViT
 from pc3d.models.backbones.pointpillars import PointPillars
 from pc3d.models.backbones.pointsp import PointSP
 from pc3d.models.backbones.ptv3 import PTv3
+from pc3d.models.backbones.scatterformer import ScatterFormer
 from pc3d.models.backbones.second import SECOND
 from pc3d.models.backbones.sonata import Sonata
 from pc3d.models.backbones.sparse_unet import SparseUNet
@@ -34,6 +35,7 @@ __all__ = [
     "PointSP",
     "PointSSM",
     "PointViT",
+    "ScatterFormer",
     "Sonata",
     "SparseUNet",
     "StoredLogits",

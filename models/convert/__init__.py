@@ -12,6 +12,7 @@ from pc3d.models.convert.point_vit import import_point_vit
 from pc3d.models.convert.pointcept import export_pointcept, import_pointcept
 from pc3d.models.convert.ppt import import_ppt
 from pc3d.models.convert.pretraining import import_pretraining
+from pc3d.models.convert.scatterformer import import_scatterformer
 from pc3d.models.convert.sparse_unet import export_sparse_unet, import_sparse_unet
 from pc3d.models.convert.state_dict import convert_state_dict
 
@@ -31,6 +32,7 @@ __all__ = [
     "import_pointcept",
     "import_ppt",
     "import_pretraining",
+    "import_scatterformer",
     "import_sparse_unet",
     "load_height_map",
 ]

@@ -1,4 +1,4 @@
-"""Orders of voxels: raster, Morton and Hilbert curves, and SOAR, which follows the surfaces.
+"""Orders of voxels: raster, Morton and Hilbert curves, SOAR, which follows the surfaces, and windows seen from above.
 
 An order gives a permutation: the row of ``coord`` visited at each position. Batch items stay together, in ascending
 order. Voxels are unique, so every order is one definite sequence of voxels, whatever the order they came in.
@@ -18,6 +18,7 @@ from torch import Tensor
 from pc3d.ops.backend import cpu_kernels
 from pc3d.ops.kernel_map import KernelMap, submanifold_map
 from pc3d.ops.serialize import MAX_DEPTH, curve_codes, sort_codes
+from pc3d.ops.voxelize import UniqueVoxels, unique_voxels
 
 Curve = Literal["raster", "morton", "hilbert"]
 _CURVES: tuple[Curve, ...] = ("raster", "morton", "hilbert")
@@ -114,7 +115,39 @@ class BlockSoarOrder:
         return _soar(coord, hilbert.rows, _run_borders(batch), blocks, [self.chunk], kernel_map, fewest_first=False)
 
 
-Order = CurveOrder | SoarOrder | BlockSoarOrder
+@dataclass(frozen=True)
+class WindowOrder:
+    """Voxels in square windows seen from above, of the grid's full height: raster order of windows, and inside them.
+
+    Windows are sorted by (batch, y // side, x // side), so the voxels of each are a run of rows.
+
+    Attributes:
+        side: edge of a window, in voxels.
+    """
+
+    side: int
+    follows_neighbours: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.side < 1:
+            raise ValueError(f"side must be positive, got {self.side}")
+
+    def rows(self, coord: Tensor, kernel_map: KernelMap | None = None) -> Tensor:
+        """``(M,)`` int64 rows of ``coord`` ``(M, 4)`` int32 in visiting order; no ``kernel_map`` is needed."""
+        raster = _along(coord, "raster").rows
+        return raster[self._cells(coord[raster]).order_rows]
+
+    def offsets(self, coord: Tensor) -> Tensor:
+        """``(W + 1,)`` int64, the rows ``offsets[w]:offsets[w + 1]`` of each window of a ``coord`` in this order."""
+        return self._cells(coord).row_offsets
+
+    def _cells(self, coord: Tensor) -> UniqueVoxels:
+        y, x = (coord[:, axis].div(self.side, rounding_mode="floor") for axis in (2, 1))
+        clouds = _run_borders(coord[:, :1]).to(coord.device)
+        return unique_voxels(torch.stack([y, x, torch.zeros_like(x)], 1), clouds)
+
+
+Order = CurveOrder | SoarOrder | BlockSoarOrder | WindowOrder
 
 
 def inverse_permutation(rows: Tensor) -> Tensor:

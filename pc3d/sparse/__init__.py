@@ -11,7 +11,7 @@ from pc3d.sparse.conv import (
 from pc3d.sparse.dense import bounds, from_dense, to_dense
 from pc3d.sparse.join import add, cat, multiply, prune
 from pc3d.sparse.modules import FeatureWise, SparseModule
-from pc3d.sparse.order import BlockSoarOrder, CurveOrder, SoarOrder, apply_in_order, named_order, reorder
+from pc3d.sparse.order import BlockSoarOrder, CurveOrder, SoarOrder, WindowOrder, apply_in_order, named_order, reorder
 from pc3d.sparse.pool import SparseAvgPool3d, SparseGlobalPool, SparseMaxPool3d
 from pc3d.sparse.sequence import SparseSequential, VoxelBatchNorm, conv_norm_act
 
@@ -32,6 +32,7 @@ __all__ = [
     "SparseSequential",
     "SubMConv3d",
     "VoxelBatchNorm",
+    "WindowOrder",
     "add",
     "apply_in_order",
     "bounds",

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from pc3d.errors import InputError
-from pc3d.ops.order import BlockSoarOrder, CurveOrder, Order, SoarOrder, inverse_permutation
+from pc3d.ops.order import BlockSoarOrder, CurveOrder, Order, SoarOrder, WindowOrder, inverse_permutation
 from pc3d.sparse import maps
 from pc3d.voxels import Voxels
 
@@ -23,6 +23,7 @@ __all__ = [
     "Order",
     "Permutation",
     "SoarOrder",
+    "WindowOrder",
     "apply_in_order",
     "named_order",
     "reorder",

@@ -15,7 +15,16 @@ from pc3d import Voxels
 from pc3d.errors import InputError
 from pc3d.ops.backend import cpu_kernels, use_backend
 from pc3d.ops.kernel_map import KernelMap, strided_map, submanifold_map
-from pc3d.ops.order import BlockSoarOrder, CurveOrder, Order, SoarOrder, inverse_permutation, lru_misses, permute_map
+from pc3d.ops.order import (
+    BlockSoarOrder,
+    CurveOrder,
+    Order,
+    SoarOrder,
+    WindowOrder,
+    inverse_permutation,
+    lru_misses,
+    permute_map,
+)
 from pc3d.sparse import SparseConv3d, SparseInverseConv3d, SubMConv3d, apply_in_order, reorder
 from pc3d.sparse.maps import submanifold
 
@@ -30,6 +39,7 @@ ORDERS: list[Order] = [
     SoarOrder(5, outer=12),
     BlockSoarOrder(16, block_bits=6),
     BlockSoarOrder(16, block_bits=0),
+    WindowOrder(3),
 ]
 all_orders = pytest.mark.parametrize("order", ORDERS, ids=str)
 
