@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from pc3d.errors import InputError
 from pc3d.nn.bev import BevBackbone, BevGrid, bev_map
 from pc3d.nn.bev_neck import MultiScaleNeck
-from pc3d.ops.segment import segment_max, segment_mean
+from pc3d.ops.segment import segment_max
 from pc3d.points import Points
 from pc3d.sparse import VoxelBatchNorm
-from pc3d.voxels import Voxels
 
 
 class PaddedBatchNorm(VoxelBatchNorm):
@@ -116,16 +115,5 @@ class PointPillars(BevBackbone):
         self.check_input(points)
         limit = None if self.max_pillars is None else self.max_pillars[0 if self.training else 1]
         kept, pillars = self.grid.voxelize(points, self.max_points, limit)
-        feat, borders = self._features(kept, pillars)
+        feat, borders = self.grid.point_features(kept, pillars)
         return self.neck(bev_map(pillars.with_feat(self.vfe(feat, borders))))
-
-    def _features(self, points: Points, pillars: Voxels) -> tuple[Tensor, Tensor]:
-        """``(N, in_channels + 6)`` features of points, and the borders of the pillars they lie in."""
-        assert pillars.point_to_voxel is not None
-        pillar = pillars.point_to_voxel
-        counts = torch.bincount(pillar, minlength=len(pillars))
-        borders = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        low, size = (points.coord.new_tensor(list(v)) for v in (self.grid.point_range[:3], self.grid.voxel_size))
-        center = (pillars.coord[:, 1:] + 0.5) * size + low
-        mean = segment_mean(points.coord, borders)
-        return torch.cat([points.get("feat"), points.coord - mean[pillar], points.coord - center[pillar]], 1), borders

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from pc3d.errors import InputError
-from pc3d.nn.bev import BevBackbone, BevGrid
+from pc3d.nn.bev import BevBackbone, BevGrid, bev_map
+from pc3d.nn.cascade_ded import CascadeDED
 from pc3d.nn.norm import PointBatchNorm
+from pc3d.ops.kernel_map import triple
 from pc3d.ops.linear_attention import linear_attention
-from pc3d.ops.segment import segment_max, segment_mean
-from pc3d.ops.serialize import sort_codes
+from pc3d.ops.segment import segment_max
 from pc3d.ops.voxelize import unique_voxels
 from pc3d.points import Points
 from pc3d.sparse import (
@@ -44,10 +45,10 @@ class PointLayer(nn.Module):
         self.linear = nn.Linear(in_channels, out_channels, bias=False)
         self.norm = PointBatchNorm(out_channels)
 
-    def forward(self, feat: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, feat: Tensor, borders: Tensor) -> tuple[Tensor, Tensor]:
         """``(N, C')`` of the points, voxel after voxel, and ``(M, C')`` of the voxels."""
         feat = self.norm(self.linear(feat)).relu()
-        return feat, segment_max(feat, offsets)
+        return feat, segment_max(feat, borders)
 
 
 class VoxelEncoder(nn.Module):
@@ -73,18 +74,11 @@ class VoxelEncoder(nn.Module):
         """M voxels with features ``(M, C)``, sorted by (batch, x, y, z); points outside the range are left out."""
         points, voxels = self.grid.voxelize(points)
         assert voxels.point_to_voxel is not None
-        order, _ = sort_codes(voxels.point_to_voxel)
-        voxel = voxels.point_to_voxel[order]
-        counts = torch.bincount(voxel, minlength=len(voxels))
-        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        coord = points.coord[order]
-        mean = segment_mean(coord, offsets)
-        low, edge = coord.new_tensor(list(self.grid.point_range[:3])), coord.new_tensor(list(self.grid.voxel_size))
-        center = low + (voxels.coord[:, 1:] + 0.5) * edge
-        feat = torch.cat([points.get("feat")[order], coord - mean[voxel], coord - center[voxel]], 1)
-        largest = feat[:0]
-        for i, layer in enumerate(self.pfn_layers):
-            feat, largest = layer(feat if i == 0 else torch.cat([feat, largest[voxel]], 1), offsets)
+        feat, borders = self.grid.point_features(points, voxels)
+        first, *others = self.pfn_layers
+        feat, largest = first(feat, borders)
+        for layer in others:
+            feat, largest = layer(torch.cat([feat, largest[voxels.point_to_voxel]], 1), borders)
         return voxels.with_feat(largest)
 
 
@@ -174,7 +168,7 @@ class WindowLayers(SparseModule):
         return voxels
 
 
-class PillarPooling(nn.Module):
+class PillarPooling(SparseModule):
     """The voxels of each column, pooled by attention from their maximum.
 
     As published the maximum counts from 0, and the learned embedding of heights is added to keys but not to values.
@@ -192,15 +186,18 @@ class PillarPooling(nn.Module):
         self.pos_embedding = nn.Embedding(height, channels)
         nn.init.normal_(self.pos_embedding.weight, std=0.01)
 
-    def forward(self, voxels: Voxels) -> tuple[Tensor, Tensor]:
-        """``(P, 3)`` int64 rows ``[batch, y, x]`` of the columns that hold voxels, sorted, and ``(P, C)`` features."""
+    def forward(self, voxels: Voxels) -> Voxels:
+        """One voxel per column, sorted by (batch, y, x)."""
         batch, x, y, z = voxels.coord.unbind(1)
         clouds = torch.bincount(batch, minlength=voxels.batch_size)
         offsets = torch.cat([clouds.new_zeros(1), clouds.cumsum(0)])
         columns = unique_voxels(torch.stack([y, x, torch.zeros_like(z)], 1), offsets)
         query = segment_max(voxels.feat[columns.order_rows], columns.row_offsets).relu()
         pooled = self.pool(query, voxels.feat, columns.inverse, z.long())
-        return voxels.coord[columns.first][:, [0, 2, 1]].long(), pooled
+        coord = voxels.coord[columns.first] * voxels.coord.new_tensor([1, 1, 1, 0])
+        shape = None if voxels.spatial_shape is None else (*voxels.spatial_shape[:2], 1)
+        sx, sy, sz = triple("stride", voxels.stride)
+        return replace(voxels, coord=coord, feat=pooled, stride=(sx, sy, sz * self.height), spatial_shape=shape)
 
     def pool(self, query: Tensor, feat: Tensor, column: Tensor, height: Tensor) -> Tensor:
         """``(P, C)`` from one query per column, and features, column and height of all voxels."""
@@ -214,8 +211,50 @@ class PillarPooling(nn.Module):
         return self.norm(pooled[:, 0] + query)
 
 
+class VoxelTransformer(SparseModule):
+    """Stem, two stages of windows with a strided convolution between, and one voxel per column in the end.
+
+    Args:
+        in_channels: width of the voxels' features.
+        channels: width of the network.
+        num_heads: of the attention in windows.
+        layers: layers of each stage.
+        window: side of a window in voxels of a stage.
+        height: voxels along z, one more than there can be.
+    """
+
+    def __init__(
+        self, in_channels: int, channels: int, num_heads: int, layers: Sequence[int], window: int, height: int
+    ) -> None:
+        super().__init__()
+        self.cpe = SparseSequential(
+            _post_act(SubMConv3d(in_channels, channels, 3, bias=False)),
+            *(ResidualBlock(channels) for _ in range(3)),
+            _post_act(SparseConv3d(channels, channels, (1, 1, 3), (1, 1, 2), bias=False)),
+        )
+        first, second = layers
+        self.stage1 = SparseSequential(
+            WindowLayers(channels, num_heads, first, window),
+            VoxelBatchNorm(channels),
+            SparseConv3d(channels, channels, 3, 2, padding=1, bias=False),
+        )
+        self.stage2 = SparseSequential(WindowLayers(channels, num_heads, second, window), VoxelBatchNorm(channels))
+        halved = (height - 3) // 2 + 1
+        self.app = PillarPooling(channels, (halved + 1) // 2)
+
+    def forward(self, voxels: Voxels) -> Voxels:
+        *_, (_, last) = self.stages(voxels)
+        return last
+
+    def stages(self, voxels: Voxels) -> Iterator[tuple[str, Voxels]]:
+        """The voxels after the stem, each stage and the pooling; rows may come in any order."""
+        for name, stage in self.named_children():
+            voxels = stage(voxels)
+            yield name, voxels
+
+
 class ScatterFormer(BevBackbone):
-    """ScatterFormer.
+    """ScatterFormer: a map of half the voxels' resolution, and a neck on it.
 
     Args:
         in_channels: width of ``points.attrs["feat"]``: coordinates and reflectivity (and elongation for Waymo, time for
@@ -228,9 +267,9 @@ class ScatterFormer(BevBackbone):
         window: side of a window in voxels of a stage: 12 for Waymo, 20 for nuScenes. Kernels between windows are one
             voxel longer.
         encoder_channels: width after each layer of the voxel encoder.
+        neck_units, neck_blocks: of :class:`~pc3d.nn.cascade_ded.CascadeDED`.
 
-    The map has cells of two voxels. The defaults are the published network for Waymo, 4.2 M parameters without the
-    voxel encoder.
+    The defaults are the published network for Waymo, 4.2 M parameters between voxel encoder and neck.
     """
 
     stride = 2
@@ -244,51 +283,28 @@ class ScatterFormer(BevBackbone):
         layers: Sequence[int] = (3, 3),
         window: int = 12,
         encoder_channels: Sequence[int] = (64, 64),
+        neck_units: int = 4,
+        neck_blocks: Sequence[int] = (2, 1, 1),
     ) -> None:
         super().__init__()
         _check_settings(grid, channels, num_heads, layers, window, encoder_channels)
         self.in_channels, self.grid, self.out_channels = in_channels, grid, channels
         self.vfe = VoxelEncoder(in_channels, grid, encoder_channels)
-        halve = SparseConv3d(channels, channels, (1, 1, 3), (1, 1, 2), bias=False)
-        self.cpe = SparseSequential(
-            SparseSequential(*_post_act(SubMConv3d(encoder_channels[-1], channels, 3, bias=False))),
-            *(ResidualBlock(channels) for _ in range(3)),
-            SparseSequential(*_post_act(halve)),
-        )
-        first, second = layers
-        self.stage1 = SparseSequential(
-            WindowLayers(channels, num_heads, first, window),
-            VoxelBatchNorm(channels),
-            SparseConv3d(channels, channels, 3, 2, padding=1, bias=False),
-        )
-        self.stage2 = SparseSequential(WindowLayers(channels, num_heads, second, window), VoxelBatchNorm(channels))
-        self.app = PillarPooling(channels, _last_height(grid))
+        height = grid.shape[2] + 1  # published: one more than there are voxels
+        self.encoder = VoxelTransformer(encoder_channels[-1], channels, num_heads, layers, window, height)
+        self.neck = CascadeDED(channels, neck_units, neck_blocks)
 
     def forward(self, points: Points) -> Tensor:
-        """``(B, channels, H, W)`` with ``(H, W) = grid.bev_shape(2)``; zeros where there are no points.
+        """``(B, channels, H, W)`` with ``(H, W) = grid.bev_shape(2)``; before the neck zeros where there are no points.
 
         Raises:
             InputError: if ``points.attrs["feat"]`` is missing or not ``(N, in_channels)``, or there are too few voxels
                 to train on.
         """
         self.check_input(points)
-        for _, last in self.stages(self.vfe(points)):
-            voxels = last
-        place, feat = self.app(voxels)
-        bev = feat.new_zeros(len(points), *self.grid.bev_shape(self.stride), self.out_channels)
-        return bev.index_put(place.unbind(1), feat).permute(0, 3, 1, 2)
-
-    def stages(self, voxels: Voxels) -> Iterator[tuple[str, Voxels]]:
-        """The voxels after the stem and each stage.
-
-        Args:
-            voxels: of the grid, with features ``(M, encoder_channels[-1])``; rows may come in any order.
-        """
         x, y, z = self.grid.shape
-        voxels = replace(voxels, spatial_shape=(x, y, z + 1))  # published: one more than there are voxels
-        for name in ("cpe", "stage1", "stage2"):
-            voxels = getattr(self, name)(voxels)
-            yield name, voxels
+        voxels = replace(self.vfe(points), spatial_shape=(x, y, z + 1))
+        return self.neck(bev_map(self.encoder(voxels)))
 
 
 def _depthwise(channels: int, kernel_size: tuple[int, int, int]) -> DepthwiseSubMConv3d:
@@ -297,14 +313,8 @@ def _depthwise(channels: int, kernel_size: tuple[int, int, int]) -> DepthwiseSub
     return conv
 
 
-def _post_act(conv: SubMConv3d | SparseConv3d) -> tuple[nn.Module, ...]:
-    return conv, VoxelBatchNorm(conv.out_channels), nn.ReLU()
-
-
-def _last_height(grid: BevGrid) -> int:
-    """Voxels of a column of the last stage."""
-    halved = (grid.shape[2] + 1 - 3) // 2 + 1
-    return (halved + 1) // 2
+def _post_act(conv: SubMConv3d | SparseConv3d) -> SparseSequential:
+    return SparseSequential(conv, VoxelBatchNorm(conv.out_channels), nn.ReLU())
 
 
 def _check_settings(

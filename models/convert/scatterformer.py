@@ -6,43 +6,45 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from pc3d.errors import InputError
 from pc3d.models.backbones.scatterformer import ScatterFormer
 from pc3d.models.convert.kernels import KernelLayout
+from pc3d.models.convert.openpcdet import import_openpcdet
 from pc3d.models.convert.state_dict import convert_state_dict
+from pc3d.tasks.heads import DetectionHead
+
+_NAMES = (
+    (r"^dense_head\.", "head."),
+    (r"^vfe\.", "backbone.vfe."),
+    (r"^backbone_3d\.", "backbone.encoder."),
+    (r"^backbone_2d\.", "backbone.neck."),
+    (r"^global_step$", ""),
+)
 
 
-def import_scatterformer(checkpoint: Mapping[str, Any], network: ScatterFormer, neck: nn.Module | None = None) -> None:
+def import_scatterformer(
+    checkpoint: Mapping[str, Any], network: ScatterFormer, head: DetectionHead | None = None
+) -> None:
     """Load a published state.
 
     Args:
-        checkpoint: the state, or a mapping with the state under ``"state_dict"`` or ``"model_state"``. A whole detector
-            has keys with ``vfe.``, ``backbone_3d.``, ``backbone_2d.`` and ``dense_head.``; keys without these are
-            those of ``backbone_3d.`` alone, and the voxel encoder stays as it is.
+        checkpoint: the state, or a mapping with the state under ``"model_state"`` or ``"state_dict"``: of a whole
+            detector (keys with ``vfe.``, ``backbone_3d.``, ``backbone_2d.`` and ``dense_head.``), or of its voxel
+            backbone alone, with or without ``backbone_3d.``; voxel encoder and neck then stay as they are.
         network: of the checkpoint's widths, window and grid.
-        neck: :class:`~pc3d.models.necks.CascadeDED` for ``backbone_2d.``; None leaves it out.
+        head: gets ``dense_head.`` of a whole detector; None leaves it out.
 
     Raises:
         InputError: if names are missing or left over, or shapes differ; lists them, and nothing has been loaded then.
     """
     state = checkpoint.get("model_state", checkpoint.get("state_dict", checkpoint))
     state = {name.removeprefix("module."): depthwise_kernel(name, value) for name, value in state.items()}
-    parts = {name: module for name, module in network.named_children() if name != "vfe"}
-    rename = [(r"^(vfe|backbone_2d|dense_head)\..*|^global_step$", "")]
-    if any(name.startswith("backbone_3d.") for name in state):
-        parts["vfe"] = network.vfe
-        rename = [(r"^backbone_3d\.", ""), (r"^dense_head\..*|^global_step$", ""), (r"^backbone_2d\.", "neck.")]
-        if neck is None:
-            rename.append((r"^neck\..*", ""))
-        else:
-            parts["neck"] = neck
-    pair = nn.ModuleDict(parts)
-    try:
-        pair.load_state_dict(convert_state_dict(state, pair, KernelLayout.KRSC, rename, columns="zyx"))
-    except InputError as error:
-        raise InputError(str(error).replace("ModuleDict", type(network).__name__)) from None
+    if any(name.startswith("vfe.") for name in state):
+        import_openpcdet(state, network, head, KernelLayout.KRSC, _NAMES)
+        return
+    names = [(r"^backbone_3d\.", "")]
+    network.encoder.load_state_dict(convert_state_dict(state, network.encoder, KernelLayout.KRSC, names, "zyx"))
 
 
 def depthwise_kernel(name: str, value: Tensor) -> Tensor:

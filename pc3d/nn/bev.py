@@ -125,6 +125,22 @@ class BevGrid(Configurable):
         )
         return kept, voxels
 
+    def point_features(self, points: Points, voxels: Voxels) -> tuple[Tensor, Tensor]:
+        """What points and voxels of :meth:`voxelize` hand to a network that encodes voxels from their points.
+
+        Returns:
+            ``(N, C + 6)``: a point's features, its offset from the mean of its voxel's points and that from the voxel's
+            centre, in metres; and ``(M + 1,)`` int64 borders of the voxels' runs of points.
+        """
+        assert voxels.point_to_voxel is not None
+        voxel = voxels.point_to_voxel
+        counts = torch.bincount(voxel, minlength=len(voxels))
+        borders = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        low, size = (points.coord.new_tensor(list(v)) for v in (self.point_range[:3], self.voxel_size))
+        center = (voxels.coord[:, 1:] + 0.5) * size + low
+        mean = segment_mean(points.coord, borders)
+        return torch.cat([points.get("feat"), points.coord - mean[voxel], points.coord - center[voxel]], 1), borders
+
 
 def _within_limits(found: UniqueVoxels, max_points: int | None, max_voxels: int | None) -> Tensor:
     """Which of ``order_rows`` fit into their voxels, of the voxels that fit into their clouds."""
