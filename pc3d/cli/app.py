@@ -22,6 +22,7 @@ COMMANDS: dict[str, str] = {
     "predict": "label your own clouds with a checkpoint",
     "export": "convert clouds, or a checkpoint to safetensors",
     "convert": "published checkpoints to ours, and back",
+    "overview": "a map of scans larger than memory",
     "view": "look at a cloud, or render it to a picture",
     "prepare": "check a raw data set and write it prepared",
     "data": "check a folder of clouds before training on it",

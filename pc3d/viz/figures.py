@@ -160,6 +160,55 @@ def save_bird_eye_view(
     return _save(figure, path)
 
 
+def save_maps(
+    path: str | Path,
+    panels: Sequence[tuple[str, str, NDArray]],
+    extent: tuple[float, float, float, float],
+    boxes: NDArray,
+    title: str,
+) -> Path:
+    """Write maps side by side, seen from above.
+
+    Args:
+        panels: name, unit and ``(H, W)`` values of each; row 0 is the lowest y, NaN stays white.
+        extent: lowest and highest x, lowest and highest y, metres.
+        boxes: ``(F, 4)`` lowest x, y and highest x, y of rectangles to outline.
+
+    Raises:
+        InputError: if matplotlib is missing or the file cannot be written.
+    """
+    from matplotlib.patches import Rectangle
+
+    left, right, bottom, top = extent
+    aspect = min(max((top - bottom) / (right - left), 0.25), 4)
+    width = 6.0 if aspect < 1.5 else 4.0
+    figure = _figure(width * len(panels), width * 0.85 * aspect + 1.2, path)
+    for number, (name, unit, values) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), number + 1)
+        finite = values[np.isfinite(values)]
+        low, high = np.percentile(finite, (1, 99)) if len(finite) else (0, 1)
+        image = axes.imshow(
+            values,
+            origin="lower",
+            extent=(0, right - left, 0, top - bottom),
+            cmap="terrain" if name == "height" else "magma",
+            vmin=low,
+            vmax=max(high, low + 1e-6),
+            interpolation="nearest",
+        )
+        for x, y, x_end, y_end in boxes:
+            place = (x - left, y - bottom)
+            axes.add_patch(Rectangle(place, x_end - x, y_end - y, fill=False, edgecolor="#20303c", linewidth=0.4))
+        axes.set_title(name, fontsize=13)
+        axes.set_xlabel(f"metres from x = {left:,.0f}")
+        axes.set_ylabel(f"metres from y = {bottom:,.0f}" if number == 0 else "")
+        bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
+        bar.set_label(unit)
+        bar.outline.set_visible(False)
+    figure.suptitle(title, fontsize=11, color="#56626c", x=0.012, ha="left")
+    return _save(figure, path)
+
+
 def save_triptych(
     path: str | Path,
     points: Points,
