@@ -86,7 +86,7 @@ struct Head {
   // Rows of q, k or v, rectified but for v; zeros beyond the width.
   void read(Part part, int64_t begin, int64_t rows, float *table) const {
     for (int64_t i = 0; i < rows; ++i, table += stride) {
-      const float *from = attention.qkv + row(begin + i, part);
+      const float *__restrict from = attention.qkv + row(begin + i, part);
       if (part == kValue)
         for (int64_t d = 0; d < width; ++d) table[d] = from[d];
       else
@@ -108,6 +108,14 @@ struct Head {
   void add_scaled(const float *a, float factor, float *to) const {
     for (int64_t d = 0; d < stride; d += kWidth) store(to + d, load(to + d) + factor * load(a + d));
   }
+  // a + factor * b where the ReLU let `rectified` pass, else 0; in the place of a.
+  void add_where_passed(float *a, const float *b, float factor, const float *rectified) const {
+    for (int64_t d = 0; d < stride; d += kWidth) {
+      const Vec sum = load(a + d) + factor * load(b + d);
+      store(a + d, load(rectified + d) == 0.0f ? Vec{} : sum);
+    }
+  }
+  void write(const float *from, float *to) const { memcpy(to, from, width * sizeof(float)); }
   // (width, stride) transposed, zeros beyond the width.
   void transpose(const float *state, float *to) const {
     for (int64_t e = 0; e < width; ++e)
@@ -141,7 +149,7 @@ void forward(const LinearAttention &attention, int64_t begin, int64_t end, int64
     for (int64_t i = 0; i < rows; ++i) {
       const float *from = results + i * head.stride;
       const float inverse = 1.0f / (head.dot(queries + i * head.stride, head.key_sum(state)) + attention.eps);
-      float *to = attention.out + head.row(begin + i);
+      float *__restrict to = attention.out + head.row(begin + i);
       for (int64_t d = 0; d < head.width; ++d) to[d] = from[d] * inverse;
     }
   }
@@ -161,18 +169,19 @@ void query_grad(const LinearAttention &attention, int64_t begin, int64_t end, in
     multiply(head.rows_of(queries), rows, state, head.width, head.stride, false, results);
     for (int64_t i = 0; i < rows; ++i) {
       const float *query = queries + i * head.stride, *upstream = attention.grad + head.row(begin + i);
-      float *grad = grads + i * head.stride;
+      float *__restrict grad = grads + i * head.stride;
       const float inverse = 1.0f / (head.dot(query, head.key_sum(state)) + attention.eps);
-      for (int64_t d = 0; d < head.stride; ++d) grad[d] = d < head.width ? upstream[d] * inverse : 0.0f;
+      for (int64_t d = 0; d < head.width; ++d) grad[d] = upstream[d] * inverse;
+      for (int64_t d = head.width; d < head.stride; ++d) grad[d] = 0.0f;
       errors[i] = -head.dot(grad, results + i * head.stride) * inverse;
       head.add_scaled(query, errors[i], head.key_sum(grad_state));
     }
     multiply(head.columns_of(queries), head.width, grads, rows, head.stride, true, grad_state);
     multiply(head.rows_of(grads), rows, transposed, head.width, head.stride, false, results);
     for (int64_t i = 0; i < rows; ++i) {
-      const float *query = queries + i * head.stride, *from = results + i * head.stride, *key_sum = head.key_sum(state);
-      float *to = attention.grad_qkv + head.row(begin + i, kQuery);
-      for (int64_t d = 0; d < head.width; ++d) to[d] = query[d] == 0.0f ? 0.0f : from[d] + errors[i] * key_sum[d];
+      float *grad = results + i * head.stride;
+      head.add_where_passed(grad, head.key_sum(state), errors[i], queries + i * head.stride);
+      head.write(grad, attention.grad_qkv + head.row(begin + i, kQuery));
     }
   }
 }
@@ -190,12 +199,10 @@ void key_grad(const LinearAttention &attention, int64_t begin, int64_t end, int6
     multiply(head.rows_of(keys), rows, grad_state, head.width, head.stride, false, grad_values);
     multiply(head.rows_of(values), rows, transposed, head.width, head.stride, false, grad_keys);
     for (int64_t i = 0; i < rows; ++i) {
-      const float *key = keys + i * head.stride, *from_keys = grad_keys + i * head.stride, *from_values = grad_values + i * head.stride;
-      float *to_keys = attention.grad_qkv + head.row(begin + i, kKey), *to_values = attention.grad_qkv + head.row(begin + i, kValue);
-      for (int64_t d = 0; d < head.width; ++d) {
-        to_keys[d] = key[d] == 0.0f ? 0.0f : from_keys[d] + grad_sum[d];
-        to_values[d] = from_values[d];
-      }
+      float *grad = grad_keys + i * head.stride;
+      head.add_where_passed(grad, grad_sum, 1.0f, keys + i * head.stride);
+      head.write(grad, attention.grad_qkv + head.row(begin + i, kKey));
+      head.write(grad_values + i * head.stride, attention.grad_qkv + head.row(begin + i, kValue));
     }
   }
 }
