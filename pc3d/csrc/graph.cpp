@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "array.h"
+#include "curve.h"
 #include "module.h"
 #include "parallel.h"
 #include "radix_sort.h"
@@ -25,16 +26,16 @@ namespace {
 constexpr int64_t kBlock = 1 << 12;  // rows of one task
 constexpr int64_t kAhead = 8;        // edges prefetched ahead of the merge
 
+struct Edge {
+  int32_t a, b;
+};
+
 template <class Row>
 void parallel_rows(int64_t rows, Row &&row) {
   parallel_tasks((rows + kBlock - 1) / kBlock, [&](int64_t task) {
     for (int64_t i = task * kBlock, end = std::min(i + kBlock, rows); i < end; ++i) row(i);
   });
 }
-
-struct Edge {
-  int32_t a, b;
-};
 
 const Edge *as_edges(const Array<const int32_t, 2> &edges, int64_t rows) {
   if (edges.shape(1) != 2) throw std::invalid_argument("edges must be (M, 2)");
@@ -117,13 +118,20 @@ void edge_weights(Array<const float, 2> coord, Array<const float, 2> normal, Arr
     throw std::invalid_argument("points, normals, edges and weights do not fit each other");
   const Edge *edge = as_edges(edges, coord.shape(0));
   nb::gil_scoped_release release;
-  parallel_rows(edges.shape(0), [&](int64_t e) {
-    const int64_t i = edge[e].a, j = edge[e].b;
-    const float *x = coord.data() + 3 * i, *y = coord.data() + 3 * j, *n = normal.data() + 3 * i, *m = normal.data() + 3 * j;
-    const float w = 1.0f - ((n[0] * m[0] + n[1] * m[1]) + n[2] * m[2]);
-    const float along = (m[0] * (y[0] - x[0]) + m[1] * (y[1] - x[1])) + m[2] * (y[2] - x[2]);
-    const float weight = w * (along > 0 ? w : 1.0f);  // squared where convex; no branch
-    out.data()[e] = weight < 0 ? 0.0f : weight;
+  const int64_t count = edges.shape(0);
+  parallel_tasks((count + kBlock - 1) / kBlock, [&](int64_t task) {
+    float apart[kBlock], along[kBlock];
+    const int64_t first = task * kBlock, size = std::min(kBlock, count - first);
+    for (int64_t e = 0; e < size; ++e) {
+      const int64_t i = edge[first + e].a, j = edge[first + e].b;
+      const float *x = coord.data() + 3 * i, *y = coord.data() + 3 * j, *n = normal.data() + 3 * i, *m = normal.data() + 3 * j;
+      apart[e] = 1.0f - ((n[0] * m[0] + n[1] * m[1]) + n[2] * m[2]);
+      along[e] = (m[0] * (y[0] - x[0]) + m[1] * (y[1] - x[1])) + m[2] * (y[2] - x[2]);
+    }
+    for (int64_t e = 0; e < size; ++e) {  // on its own: half of the edges are convex, which no branch predicts
+      const float w = along[e] > 0 ? apart[e] * apart[e] : apart[e];
+      out.data()[first + e] = w < 0 ? 0.0f : w;
+    }
   });
 }
 
@@ -159,7 +167,7 @@ nb::object distinct_edges(Array<const int32_t, 2> edges, Array<const int32_t, 1>
   return to_torch(std::move(ends), 2);
 }
 
-// Rows of each cloud by x, y, z; equal points keep their order. And the place of each row in that order, and its points.
+// Rows of each cloud along its z curve; the place of each row in that order, and its points.
 void sorted_rows(Array<const float, 2> coord, Array<const int64_t, 1> offsets, Array<int64_t, 1> order, Array<int32_t, 1> place,
                  Array<float, 2> sorted) {
   const int64_t rows = coord.shape(0), clouds = static_cast<int64_t>(offsets.shape(0)) - 1;
@@ -170,19 +178,8 @@ void sorted_rows(Array<const float, 2> coord, Array<const int64_t, 1> offsets, A
   nb::gil_scoped_release release;
   for (int64_t cloud = 0; cloud < clouds; ++cloud) {
     const int64_t first = offsets.data()[cloud], count = offsets.data()[cloud + 1] - first;
-    const int row_bits = bit_length(static_cast<uint64_t>(count));
-    Buffer<PackedRow> items(count);
-    for (int64_t i = 0; i < count; ++i) items[i] = PackedRow::make(ascending_key(coord.data()[3 * (first + i)]), i, row_bits);
-    radix_sort(items, 32, row_bits);
-    int64_t *out = order.data() + first;
-    for (int64_t i = 0; i < count; ++i) out[i] = first + items[i].row(row_bits);
-    for (int64_t begin = 0, end = 0; begin < count; begin = end) {
-      while (end < count && items[end].key(row_bits) == items[begin].key(row_bits)) ++end;
-      if (end - begin > 1) std::stable_sort(out + begin, out + end, [&](int64_t a, int64_t b) {
-        const float *p = coord.data() + 3 * a, *q = coord.data() + 3 * b;
-        return p[1] < q[1] || (p[1] == q[1] && p[2] < q[2]);
-      });
-    }
+    const Buffer<int32_t> found = curve_order(coord.data() + 3 * first, count);
+    for (int64_t i = 0; i < count; ++i) order.data()[first + i] = first + found[i];
   }
   parallel_rows(rows, [&](int64_t i) {
     const int64_t from = order.data()[i];
@@ -261,7 +258,7 @@ void register_graph(nb::module_ &m) {
   m.def("graph_distinct_edges", &distinct_edges, nb::arg("edges"), nb::arg("place"),
         "Edges (smaller, larger) of place[edges], without loops, each once, sorted.");
   m.def("graph_sorted_rows", &sorted_rows, nb::arg("coord"), nb::arg("offsets"), nb::arg("order"), nb::arg("place"),
-        nb::arg("sorted"), "Rows of each cloud sorted by x, y, z, stable; the inverse of this order, and the points in it.");
+        nb::arg("sorted"), "Rows of each cloud along its z curve; the inverse of this order, and the points in it.");
   m.def("graph_merge", &merge, nb::arg("edges"), nb::arg("weights"), nb::arg("k"), nb::arg("min_size"), nb::arg("labels"),
         nb::arg("place") = nb::none(), "Felzenszwalb-Huttenlocher merge; labels of places (default: all), numbered by first occurrence.");
 }

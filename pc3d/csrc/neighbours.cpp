@@ -17,11 +17,11 @@
 #include <vector>
 
 #include "array.h"
+#include "curve.h"
 #include "isa.h"
 #include "module.h"
 #include "neighbours_kernels.h"
 #include "parallel.h"
-#include "radix_sort.h"
 
 namespace nb = nanobind;
 
@@ -47,7 +47,6 @@ namespace {
 constexpr int64_t kQueryBlock = 256;       // queries of one task
 constexpr int64_t kNormalBlock = 1024;     // points of one task
 constexpr int64_t kLeastCapacity = 2048;   // candidates that queries share
-constexpr int kMostAxisBits = 14;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 const std::vector<const NeighbourKernels *> &usable() {
@@ -61,38 +60,6 @@ void check_offsets(const Array<const int64_t, 1> &offsets, int64_t rows) {
     throw std::invalid_argument("offsets do not rise from 0 to the number of rows");
   for (int64_t cloud = 0; cloud < clouds; ++cloud)
     if (offsets.data()[cloud + 1] - offsets.data()[cloud] >= kNobody) throw std::invalid_argument("a cloud must have less than 2^31 - 1 points");
-}
-
-uint64_t spread(uint64_t v) {  // the low 16 bits, two zeros between each
-  v = (v | v << 16) & 0x0000FF0000FF;
-  v = (v | v << 8) & 0x00F00F00F00F;
-  v = (v | v << 4) & 0x0C30C30C30C3;
-  return (v | v << 2) & 0x249249249249;
-}
-
-// Rows [0, rows) of a cloud along a z curve through its bounding box.
-Buffer<int32_t> curve_order(const float *coord, int64_t rows) {
-  float low[3] = {kInfinity, kInfinity, kInfinity}, high[3] = {-kInfinity, -kInfinity, -kInfinity};
-  for (int64_t i = 0; i < rows; ++i)
-    for (int axis = 0; axis < 3; ++axis) {
-      low[axis] = std::min(low[axis], coord[3 * i + axis]);
-      high[axis] = std::max(high[axis], coord[3 * i + axis]);
-    }
-  double extent = 0;
-  for (int axis = 0; axis < 3; ++axis) extent = std::max(extent, static_cast<double>(high[axis]) - low[axis]);
-  const int row_bits = bit_length(static_cast<uint64_t>(rows)), axis_bits = std::min((64 - row_bits) / 3, kMostAxisBits);
-  const double scale = extent > 0 ? ((1 << axis_bits) - 1) / extent : 0.0;
-  Buffer<PackedRow> items(rows);
-  for (int64_t i = 0; i < rows; ++i) {
-    uint64_t key = 0;
-    for (int axis = 0; axis < 3; ++axis)
-      key |= spread(static_cast<uint64_t>((static_cast<double>(coord[3 * i + axis]) - low[axis]) * scale)) << (2 - axis);
-    items[i] = PackedRow::make(key, i, row_bits);
-  }
-  radix_sort(items, 3 * axis_bits, row_bits);
-  Buffer<int32_t> order(rows);
-  for (int64_t i = 0; i < rows; ++i) order[i] = static_cast<int32_t>(items[i].row(row_bits));
-  return order;
 }
 
 // Owns the memory of a PointTree.
@@ -221,8 +188,9 @@ void normals(Array<const float, 2> coord, Array<const int64_t, 1> offsets, Array
   if (coord.shape(1) != 3 || out.shape(1) != 3 || static_cast<int64_t>(neighbours.shape(0)) != rows || static_cast<int64_t>(out.shape(0)) != rows ||
       centers.shape(0) + 1 != offsets.shape(0) || centers.shape(1) != 3)
     throw std::invalid_argument("points, neighbours, centres and results do not fit each other");
-  for (int64_t i = 0; i < rows * k; ++i)
-    if (neighbours.data()[i] >= rows) throw std::invalid_argument("a neighbour is a point that does not exist");
+  int32_t largest = -1;
+  for (int64_t i = 0; i < rows * k; ++i) largest = std::max(largest, neighbours.data()[i]);
+  if (largest >= rows) throw std::invalid_argument("a neighbour is a point that does not exist");
   nb::gil_scoped_release release;
   for (int64_t cloud = 0; cloud < static_cast<int64_t>(centers.shape(0)); ++cloud) {
     const int64_t first = offsets.data()[cloud], last = offsets.data()[cloud + 1];

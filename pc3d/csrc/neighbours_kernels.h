@@ -41,7 +41,7 @@ struct Queries {
 struct SearchSpace {
   int64_t capacity;
   float *coord[3], *distances;
-  int32_t *rows, *places;
+  int32_t *rows, *near_rows;
   float *found_distances;  // k
   int32_t *found_rows;
 };

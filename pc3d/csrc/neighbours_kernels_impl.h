@@ -23,6 +23,7 @@ constexpr int64_t kTogether = 16;     // queries that share their candidates, at
 constexpr float kApart = 16.0f;       // of a diagonal that is at most 4 search radii, all of these squared;
 constexpr float kWide = 2.0f;         // candidates lie within this of the box, in radii of the query before,
 constexpr float kNear = 1.5f;         // and within this of a query when first looked at
+constexpr float kWider = 2.5f;        // or of that, where there are too few;
 constexpr float kFarthest = 1e37f;    // beyond, squares could round to infinity
 constexpr int64_t kStack = (kFan - 1) * kMostLevels + 1;
 
@@ -146,31 +147,31 @@ int64_t gather(const PointTree &tree, const Box &around, float bound, const Sear
   return count;
 }
 
-// Distances and places of the first `count` candidates that lie within `bound` of p.
+// Distances and rows of the first `count` candidates that lie within `bound` of p, and infinity after them.
 inline int64_t candidates_within(const SearchSpace &space, int64_t count, const float *p, float bound) {
   const Vec x = splat(p[0]), y = splat(p[1]), z = splat(p[2]), most = splat(bound);
   const float *const xs = space.coord[0], *const ys = space.coord[1], *const zs = space.coord[2];
   float *const distances = space.distances;
-  int32_t *const places = space.places;
+  int32_t *const rows = space.near_rows;
   int64_t found = 0;
-  Int place;
-  for (int lane = 0; lane < kWidth; ++lane) place[lane] = lane;
-  for (int64_t i = 0; i < count; i += kWidth, place += static_cast<int32_t>(kWidth)) {
+  for (int64_t i = 0; i < count; i += kWidth) {
     const Vec dx = load(xs + i) - x, dy = load(ys + i) - y, dz = load(zs + i) - z;
     const Vec d = (dx * dx + dy * dy) + dz * dz;
     const Packing packing(bits(d <= most));
     store(distances + found, packing(d));
-    packing(places + found, place);
+    packing(rows + found, load(space.rows + i));
     found += packing.count;
   }
+  store(distances + found, splat(INFINITY));
   return found;
 }
 
 // How many of n distances are less than those of `Registers` registers from `first` on; with rows, or equal and of a smaller row.
+// Returns the sum of these, of each at most `most`.
 template <int Registers>
-inline void count_nearer(const float *d, const int32_t *rows, int64_t n, int64_t first, int32_t *rank) {
+inline Int count_nearer(const float *d, const int32_t *rows, int64_t n, int64_t first, int32_t most, int32_t *rank) {
   Vec own[Registers];
-  Int count[Registers] = {}, own_row[Registers];
+  Int count[Registers] = {}, own_row[Registers], sum{};
   for (int r = 0; r < Registers; ++r) own[r] = load(d + first + r * kWidth);
   if (rows) {
     for (int r = 0; r < Registers; ++r) own_row[r] = load(rows + first + r * kWidth);
@@ -185,18 +186,26 @@ inline void count_nearer(const float *d, const int32_t *rows, int64_t n, int64_t
       for (int r = 0; r < Registers; ++r) count[r] -= other < own[r];
     }
   }
-  for (int r = 0; r < Registers; ++r) store(reinterpret_cast<float *>(rank + first + r * kWidth), reinterpret_cast<Vec>(count[r]));
+  for (int r = 0; r < Registers; ++r) {
+    store(reinterpret_cast<float *>(rank + first + r * kWidth), reinterpret_cast<Vec>(count[r]));
+    sum += count[r] < most ? count[r] : Int{} + most;
+  }
+  return sum;
 }
 
-inline void count_nearer(const float *d, const int32_t *rows, int64_t n, int32_t *rank) {
+// Ranks of n distances, with infinity in the lanes after them; whether the first `most` differ.
+inline bool rank_by_distance(const float *d, const int32_t *rows, int64_t n, int32_t most, int32_t *rank) {
   int64_t first = 0;
-  for (; n - first > 3 * kWidth; first += 4 * kWidth) count_nearer<4>(d, rows, n, first, rank);
-  if (n - first > 2 * kWidth)
-    count_nearer<3>(d, rows, n, first, rank);
-  else if (n - first > kWidth)
-    count_nearer<2>(d, rows, n, first, rank);
-  else if (n > first)
-    count_nearer<1>(d, rows, n, first, rank);
+  Int sums{};
+  for (; n - first > 3 * kWidth; first += 4 * kWidth) sums += count_nearer<4>(d, rows, n, first, most, rank);
+  const int64_t registers = (n - first + kWidth - 1) / kWidth;
+  if (registers == 3) sums += count_nearer<3>(d, rows, n, first, most, rank);
+  if (registers == 2) sums += count_nearer<2>(d, rows, n, first, most, rank);
+  if (registers == 1) sums += count_nearer<1>(d, rows, n, first, most, rank);
+  int64_t sum = 0;
+  for (int lane = 0; lane < kWidth; ++lane) sum += sums[lane];
+  const int64_t lanes = first + registers * kWidth, ranked = smaller(n, most);
+  return sum == ranked * (ranked - 1) / 2 + (lanes - ranked) * ranked;  // two of the same rank leave the next one out
 }
 
 // The result of one query.
@@ -204,18 +213,13 @@ struct Found {
   const Queries &queries;
   int64_t k, start;
   Found(const Queries &queries, int64_t query) : queries(queries), k(queries.k), start(query * queries.k) {}
-  void put(int64_t at, float d, int32_t row) const {
-    if (queries.short_rows)
-      queries.short_rows[start + at] = static_cast<int32_t>(queries.first) + row;
-    else
-      queries.distances[start + at] = d, queries.rows[start + at] = queries.first + row;
-  }
-  void nobody_from(int64_t at) const {
-    for (; at < k; ++at) {
-      if (queries.short_rows)
-        queries.short_rows[start + at] = -1;
-      else
-        queries.distances[start + at] = INFINITY, queries.rows[start + at] = -1;
+  void put(const float *distances, const int32_t *rows, int64_t n) const {
+    if (queries.short_rows) {
+      for (int64_t i = 0; i < n; ++i) queries.short_rows[start + i] = static_cast<int32_t>(queries.first) + rows[i];
+      for (int64_t i = n; i < k; ++i) queries.short_rows[start + i] = -1;
+    } else {
+      for (int64_t i = 0; i < n; ++i) queries.distances[start + i] = distances[i], queries.rows[start + i] = queries.first + rows[i];
+      for (int64_t i = n; i < k; ++i) queries.distances[start + i] = INFINITY, queries.rows[start + i] = -1;
     }
   }
   void prefetch() const {
@@ -231,31 +235,21 @@ struct Found {
 // The nearest of n candidates, at most k. Like `search`, it returns the distance of the k-th, or infinity.
 inline float put_in_order(const SearchSpace &space, int64_t n, const Found &found) {
   const int64_t kept = smaller(n, found.k);
-  if (n > kMostRanked) {
-    for (int64_t i = 0; i < n; ++i) space.places[i] = space.rows[space.places[i]];
-    sort_nearest(space.distances, space.places, n, kept);
-    for (int64_t i = 0; i < kept; ++i) found.put(i, space.distances[i], space.places[i]);
-    found.nobody_from(kept);
-    return kept == found.k ? space.distances[kept - 1] : INFINITY;
-  }
+  const float *distances = space.distances;
+  const int32_t *rows = space.near_rows;
   constexpr int64_t most = kMostRanked + 4 * kWidth;
-  int32_t rank[most], rows[most], owner[most];
-  const auto place = [&] {  // false where two have the same rank: then another one is nobody's
-    for (int64_t i = 0; i <= kept; i += kWidth) store(reinterpret_cast<float *>(owner + i), reinterpret_cast<Vec>(Int{} - 1));
-    for (int64_t i = 0; i < n; ++i) owner[rank[i]] = static_cast<int32_t>(i);
-    int32_t all = 0;
-    for (int64_t i = 0; i < smaller(n, found.k + 1); ++i) all |= owner[i];
-    return all >= 0;
-  };
-  count_nearer(space.distances, nullptr, n, rank);
-  if (!place()) {
-    for (int64_t i = 0; i < n; ++i) rows[i] = space.rows[space.places[i]];
-    count_nearer(space.distances, rows, n, rank);
-    place();
+  float sorted_distances[most];
+  int32_t sorted_rows[most], rank[most];
+  if (n > kMostRanked) {
+    sort_nearest(space.distances, space.near_rows, n, kept);
+  } else {
+    const int32_t k = static_cast<int32_t>(found.k);
+    if (!rank_by_distance(distances, nullptr, n, k, rank)) rank_by_distance(distances, rows, n, k, rank);
+    for (int64_t i = 0; i < n; ++i) sorted_distances[rank[i]] = distances[i], sorted_rows[rank[i]] = rows[i];
+    distances = sorted_distances, rows = sorted_rows;
   }
-  for (int64_t i = 0; i < kept; ++i) found.put(i, space.distances[owner[i]], space.rows[space.places[owner[i]]]);
-  found.nobody_from(kept);
-  return kept == found.k ? space.distances[owner[kept - 1]] : INFINITY;
+  found.put(distances, rows, kept);
+  return kept == found.k ? distances[kept - 1] : INFINITY;
 }
 
 // The k nearest so far, ascending by distance, then row.
@@ -322,8 +316,8 @@ float search(const PointTree &tree, const float *p, float limit, const SearchSpa
       nearest.offer(bound[__builtin_ctz(set)], tree.row[below + __builtin_ctz(set)]);
   }
   int64_t count = 0;
-  for (; count < found.k && nearest.row[count] != kNobody; ++count) found.put(count, nearest.distance[count], nearest.row[count]);
-  found.nobody_from(count);
+  while (count < found.k && nearest.row[count] != kNobody) ++count;
+  found.put(nearest.distance, nearest.row, count);
   return count == found.k ? nearest.distance[count - 1] : INFINITY;
 }
 
@@ -345,16 +339,21 @@ void nearest(const PointTree &tree, const Queries &queries, int64_t begin, int64
       if (!few && !(wider.squared_diagonal() <= kApart * radius)) break;
       box = wider;
     }
-    const float wide = few ? limit : smaller(kWide * radius, limit);
-    const int64_t count = few || (last - j > 2 && wide < kFarthest) ? gather(tree, box, wide, space) : -1;
+    float wide = few ? limit : smaller(kWide * radius, limit);
+    int64_t count = few || (last - j > 2 && wide < kFarthest) ? gather(tree, box, wide, space) : -1;
     if (count < 0) last = j + 1;
-    for (; j < last; ++j) {
+    for (bool wider = false; j < last; ++j) {
       const float *p = point(j);
       int64_t n = -1;
       if (count >= 0) {
         const float near = smaller(kNear * radius, wide);
         n = candidates_within(space, count, p, near);
         if (n < k && near < wide) n = candidates_within(space, count, p, wide);
+        if (n < k && !wider && wide < limit && last - j > 2) {  // the points got sparser: once more, for all that are left
+          wider = true, wide = smaller(kWider * wide, limit);
+          count = gather(tree, box, wide, space);
+          n = count < 0 ? count : candidates_within(space, count, p, wide);
+        }
       }
       if (j + 1 < last) Found(queries, queries.order[j + 1]).prefetch();
       const Found found(queries, queries.order[j]);
@@ -426,8 +425,12 @@ typedef int64_t Choice __attribute__((vector_size(kLanes * sizeof(double))));
 typedef float Half __attribute__((vector_size(kLanes * sizeof(float))));
 
 inline Real root(Real v) {
+#if PC3D_WIDTH == 8 && defined(__AVX2__)
+  return _mm256_sqrt_pd(v);
+#else
   for (int64_t lane = 0; lane < kLanes; ++lane) v[lane] = sqrt(v[lane]);
   return v;
+#endif
 }
 
 // Across the longest of the rows of (3, 3) m: across the line that all of them lie on; z where they are zero.
@@ -483,33 +486,38 @@ void smallest_eigenvectors(const Real *m, Real *v) {
   }
 }
 
-inline Real across_points(const float *const *points, int axis) {
+// Coordinates of kLanes points, by axis.
+inline void load_points(const float *const *points, Real *axes) {
+  for (int axis = 0; axis < 3; ++axis) {
 #if PC3D_WIDTH == 8
-  return __builtin_convertvector((Half{points[0][axis], points[1][axis], points[2][axis], points[3][axis]}), Real);
+    axes[axis] = __builtin_convertvector((Half{points[0][axis], points[1][axis], points[2][axis], points[3][axis]}), Real);
 #else
-  return __builtin_convertvector((Half{points[0][axis], points[1][axis]}), Real);
+    axes[axis] = __builtin_convertvector((Half{points[0][axis], points[1][axis]}), Real);
 #endif
+  }
 }
 
 void normals(const float *coord, const int32_t *neighbours, int64_t k, const float *center, int64_t begin, int64_t end, float *out) {
   for (int64_t i = begin; i < end; i += kLanes) {
     const float *own[kLanes], *near[kLanes];
     const int32_t *found[kLanes];
-    int64_t counts[kLanes], most = 0;
-    Real count{};
+    int64_t counts[kLanes], least = k, most = 0;
+    Real count{}, here[3], there[3];
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       const int64_t point = smaller(i + lane, end - 1);
       own[lane] = coord + 3 * point, found[lane] = neighbours + point * k;
       for (counts[lane] = k; counts[lane] > 0 && found[lane][counts[lane] - 1] < 0;) --counts[lane];
       count[lane] = static_cast<double>(counts[lane] ? counts[lane] : 1);
+      least = smaller(least, counts[lane]);
       most = counts[lane] > most ? counts[lane] : most;
     }
-    const Real here[3] = {across_points(own, 0), across_points(own, 1), across_points(own, 2)};
+    load_points(own, here);
     Real sx{}, sy{}, sz{}, xx{}, xy{}, xz{}, yy{}, yz{}, zz{};
     for (int64_t j = 0; j < most; ++j) {
       for (int64_t lane = 0; lane < kLanes; ++lane)  // a point itself adds nothing
-        near[lane] = j < counts[lane] ? coord + 3 * static_cast<int64_t>(found[lane][j]) : own[lane];
-      const Real x = across_points(near, 0) - here[0], y = across_points(near, 1) - here[1], z = across_points(near, 2) - here[2];
+        near[lane] = j < least || j < counts[lane] ? coord + 3 * static_cast<int64_t>(found[lane][j]) : own[lane];
+      load_points(near, there);
+      const Real x = there[0] - here[0], y = there[1] - here[1], z = there[2] - here[2];
       sx += x, sy += y, sz += z;
       xx += x * x, xy += x * y, xz += x * z, yy += y * y, yz += y * z, zz += z * z;
     }

@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 
 from pc3d.ops.backend import cpu_kernels
-from pc3d.ops.neighbours import nearest_rows
+from pc3d.ops.neighbours import checked_coord, nearest_rows
 from pc3d.ops.segment import segment_max, segment_mean
+from pc3d.ops.serialize import curve_codes
+
+_CURVE_BITS = 14  # of each axis, in the order that points of a graph are taken in
 
 
 def estimate_normals(coord: Tensor, offsets: Tensor, neighbours: int | Tensor = 16) -> Tensor:
@@ -186,7 +189,7 @@ class PointGraph:
     """A weighted graph of packed points: built once, cut into segments with any parameters.
 
     Attributes:
-        place: ``(N,)`` int32 or int64, the row of each point where the clouds are sorted by x, y, z.
+        place: ``(N,)`` int32 or int64, the row of each point where each cloud lies along a z curve.
         normals: ``(N, 3)`` float32 unit normals, in these rows.
         edges: ``(M, 2)`` int32 or int64 of these rows.
         weights: ``(M,)`` float32.
@@ -299,19 +302,37 @@ def graph_segments(
 
 
 def _in_canonical_order(coord: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Points sorted by cloud, x, y, z, which does not depend on the order given; their old rows, and the inverse."""
-    kernels, coord = cpu_kernels(coord), coord.detach().contiguous()
+    """Points of each cloud along a z curve, whatever the order given; their old rows, and the inverse.
+
+    Points in one cell of the curve (one of 2^14 of the cloud's longest side) are in the order of x, y, z.
+    """
+    kernels, coord = cpu_kernels(coord), checked_coord("coord", coord)
     if kernels is not None:
         order, place = torch.empty(len(coord), dtype=torch.int64), torch.empty(len(coord), dtype=torch.int32)
         ordered = torch.empty_like(coord)
         kernels.graph_sorted_rows(coord, offsets.contiguous(), order, place, ordered)
         return ordered, order, place
-    order = torch.arange(len(coord), device=coord.device)
-    for column in (coord[:, 2], coord[:, 1], coord[:, 0]):
-        order = order[column[order].argsort(stable=True)]
-    cloud = torch.repeat_interleave(offsets.diff().to(coord.device), output_size=len(coord))
-    order = order[cloud[order].argsort(stable=True)]
+    clouds = itertools.pairwise(offsets.tolist())
+    order = torch.cat(
+        [torch.empty(0, dtype=torch.int64, device=coord.device)] + [_curve_order(coord[a:b]) + a for a, b in clouds]
+    )
     return coord[order], order, order.argsort()
+
+
+def _curve_order(coord: Tensor) -> Tensor:
+    """``(N,)`` int64 rows of one cloud along the curve of :func:`_in_canonical_order`."""
+    if not len(coord):
+        return torch.empty(0, dtype=torch.int64, device=coord.device)
+    bits = min((64 - len(coord).bit_length()) // 3, _CURVE_BITS)
+    low = coord.amin(0).double()
+    extent = (coord.amax(0).double() - low).amax()
+    scale = torch.where(extent > 0, ((1 << bits) - 1) / extent, 0)
+    order = torch.arange(len(coord), device=coord.device)
+    cells = ((coord.double() - low) * scale).long()
+    code = curve_codes(cells, torch.tensor([0, len(coord)], device=coord.device), bits, ["z"])[0]
+    for column in (*coord.unbind(1)[::-1], code):
+        order = order[column[order].argsort(stable=True)]
+    return order
 
 
 def _distinct_edges(edges: Tensor, place: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def knn(
     if len(query_offsets) != len(offsets):
         raise ValueError(f"queries have {len(query_offsets) - 1} clouds, points {len(offsets) - 1}")
     _check_sizes(query_offsets, offsets)
-    query, coord = _plain("query", query), _plain("coord", coord)
+    query, coord = checked_coord("query", query), checked_coord("coord", coord)
     limit = radius * radius
     kernels = cpu_kernels(query, coord)
     if kernels is not None:
@@ -72,7 +72,7 @@ def nearest_rows(coord: Tensor, offsets: Tensor, k: int) -> Tensor:
     kernels = cpu_kernels(coord)
     if kernels is None:
         return knn(coord, offsets, coord, offsets, k)[0].int()
-    coord, rows = _plain("coord", coord), torch.empty(len(coord), k, dtype=torch.int32)
+    coord, rows = checked_coord("coord", coord), torch.empty(len(coord), k, dtype=torch.int32)
     kernels.near_rows(coord, offsets.contiguous(), rows)
     return rows
 
@@ -92,7 +92,7 @@ def farthest_points(coord: Tensor, offsets: Tensor, sampled: Tensor, starts: Ten
         ValueError: if a cloud has fewer points than are asked for, or 2^31, or a coordinate is not finite.
     """
     _check_sizes(offsets)
-    coord = _plain("coord", coord)
+    coord = checked_coord("coord", coord)
     counts, sizes = sampled.diff(), offsets.diff()
     if len(sampled) != len(offsets) or bool((counts > sizes).any()) or bool((counts < 0).any()):
         raise ValueError(f"cannot take {counts.tolist()[:8]} points of clouds of {sizes.tolist()[:8]}")
@@ -128,7 +128,12 @@ def _check_sizes(*offsets: Tensor) -> None:
         raise ValueError(f"a cloud must have less than {_MOST_POINTS} points, got {most}: cut it into tiles")
 
 
-def _plain(name: str, coord: Tensor) -> Tensor:
+def checked_coord(name: str, coord: Tensor) -> Tensor:
+    """``(N, 3)`` float32, contiguous, without its gradient.
+
+    Raises:
+        ValueError: if it has another shape or dtype, or a coordinate is not finite.
+    """
     if coord.ndim != 2 or coord.shape[1] != 3 or coord.dtype != torch.float32:
         raise ValueError(f"{name} must be (N, 3) float32, got {tuple(coord.shape)} {coord.dtype}")
     # A sum is finite only if all are, and faster than looking at each; it may overflow.

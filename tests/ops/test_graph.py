@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pytest
 import torch
 from torch import Tensor
@@ -272,3 +273,9 @@ def test_canonical_order_and_edges_equal_the_reference() -> None:
     with pytest.raises(ValueError, match=r"outside 0\.\.399"):
         graph._distinct_edges(torch.tensor([[0, 400]]), place)
     assert graph._distinct_edges(edges[:0], place[:0]).shape == (0, 2)
+
+
+def test_coordinates_that_are_not_finite_are_refused() -> None:
+    coord = torch.tensor([[0.0, 0, 0], [math.nan, 0, 0]])
+    with pytest.raises(ValueError, match="coordinates that are not finite"):
+        graph_segments(coord, torch.tensor([0, 2]), normal=torch.zeros(2, 3), edges=torch.tensor([[0, 1]]))
