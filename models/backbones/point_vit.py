@@ -89,6 +89,7 @@ class PointViT(Adaptable, PatchBackbone):
             self.decoder = PatchDecoder(channels, len(stages), decoder, categories)
         if levels is not None:
             self.decoder = LevelDecoder(channels, levels, categories, ignore_origin)
+        self.task_layers = () if self.decoder is None else ("decoder",)
         self.out_channels = 2 * channels if self.decoder is None else self.decoder.out_channels
 
     def run(self, points: Points) -> Tensor:

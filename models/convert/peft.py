@@ -11,7 +11,7 @@ from torch import Tensor
 from pc3d.errors import InputError
 from pc3d.nn.adaptable import AdapterPart
 from pc3d.peft.dapt import DAPTPart
-from pc3d.peft.idpt import GraphPrompt, IDPTPart
+from pc3d.peft.idpt import GraphPrompt, IDPTPart, IDPTSegmentationPart
 from pc3d.peft.point_peft import PointPEFTPart
 from pc3d.peft.pointgst import PointGSTPart
 
@@ -23,7 +23,15 @@ _NAMES: dict[type[AdapterPart], list[tuple[str, str]]] = {
         (r"^blocks\.cls\.conv5\.1\.", "norm."),
         (r"^blocks\.cls\.conv(\d)\.0\.", r"edges.\1.linear."),
         (r"^blocks\.cls\.conv(\d)\.1\.", r"edges.\1.norm."),
+        (r"^blocks\.cls\.(?:.+\.)?(?=(norm[12]|attn|mlp)\.)", "block."),  # of the prompt network ``transformer``
         (r"^prompt_pos$", "prompt_pos"),
+    ],
+    IDPTSegmentationPart: [
+        (r"^dgcnn_cls(\d+)\.conv5\.0\.", r"prompts.\1.fuse."),
+        (r"^dgcnn_cls(\d+)\.conv5\.1\.", r"prompts.\1.norm."),
+        (r"^dgcnn_cls(\d+)\.conv(\d)\.0\.", r"prompts.\1.edges.\2.linear."),
+        (r"^dgcnn_cls(\d+)\.conv(\d)\.1\.", r"prompts.\1.edges.\2.norm."),
+        (r"^prompt_cls_pos$", "prompt_pos"),
     ],
     DAPTPart: [
         (rf"{_BLOCK}Adapter_MLP\.adapter_layer_norm_before\.", r"blocks.\1.adapter.norm."),
@@ -65,14 +73,12 @@ def adapter_state(state: Mapping[str, Tensor], name: str, part: AdapterPart) -> 
     names = next((rules for kind, rules in _NAMES.items() if isinstance(part, kind)), None)
     if names is None:
         raise InputError(f"checkpoint: there is no importer for the adapter {type(part).__name__}")
-    found = {}
+    found, of_idpt = {}, isinstance(part, (IDPTPart, IDPTSegmentationPart))
     for key, value in state.items():
-        if isinstance(part, IDPTPart) and (twice := re.match(r"^blocks\.cls\.bn(\d)\.(.+)$", key)):
-            other = state.get(f"blocks.cls.conv{twice[1]}.1.{twice[2]}")
-            # The two smallest prompt networks have a norm of that name which they do not use.
-            shared = isinstance(part.prompt, GraphPrompt) and len(part.prompt.edges) > 1
-            if shared and other is not None and not torch.equal(value, other):
-                raise InputError(f"checkpoint: '{key}' and its copy in 'blocks.cls.conv{twice[1]}.1' differ")
+        if of_idpt and (twice := re.match(r"^(blocks\.cls|dgcnn_cls\d+)\.bn(\d)\.(.+)$", key)):
+            copy = f"{twice[1]}.conv{twice[2]}.1.{twice[3]}"
+            if _holds_norms_twice(part) and not torch.equal(value, state.get(copy, value)):
+                raise InputError(f"checkpoint: '{key}' and its copy in '{copy}' differ")
             continue
         for pattern, replacement in names:
             ours, hits = re.subn(pattern, replacement, key)
@@ -85,6 +91,11 @@ def adapter_state(state: Mapping[str, Tensor], name: str, part: AdapterPart) -> 
     return found
 
 
+def _holds_norms_twice(part: AdapterPart) -> bool:
+    """The two smallest prompt networks have a norm under the second name which they do not use."""
+    return any(isinstance(module, GraphPrompt) and len(module.edges) > 1 for module in part.modules())
+
+
 def _own_name(name: str, part: AdapterPart) -> str:
     """The name with what differs from part to part; none for tensors that never had an influence."""
     if isinstance(part, PointPEFTPart):
@@ -92,9 +103,10 @@ def _own_name(name: str, part: AdapterPart) -> str:
         if prompt and int(prompt[1]) >= len(part.prompts):
             return ""  # later blocks have no prompts
         return re.sub(r"\.ln([12])\.", lambda m: f".{('down', 'up')[int(m[1]) - 1]}.", name)
-    if isinstance(part, IDPTPart) and name != "prompt_pos":  # edge layers of the prompt network count from 0
-        return "prompt." + re.sub(r"^edges\.(\d)", lambda m: f"edges.{int(m[1]) - 1}", name)
-    return name
+    name = re.sub(r"\bedges\.(\d)", lambda m: f"edges.{int(m[1]) - 1}", name)  # they count from 0 here
+    if isinstance(part, IDPTSegmentationPart):  # prompts are named by their block there
+        return re.sub(r"^prompts\.(\d+)", lambda m: f"prompts.{part.stages.index(int(m[1]))}", name)
+    return f"prompt.{name}" if isinstance(part, IDPTPart) and name != "prompt_pos" else name
 
 
 def differences(names: Iterable[str]) -> dict[str, str]:

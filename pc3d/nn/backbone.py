@@ -37,6 +37,8 @@ class PointNetwork(nn.Module, Configurable, abc.ABC):
     out_channels: int
     kept_in_eval: Sequence[nn.Module] = ()
     """Modules that stay in eval mode, whatever mode the rest is in: see :func:`pc3d.peft.attach`."""
+    task_layers: Sequence[str] = ()
+    """Names of submodules that no pre-training brings, a decoder for one: they train beside an adapter."""
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)

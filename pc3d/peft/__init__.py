@@ -15,7 +15,7 @@ from pc3d.peft.adaptation import (
 from pc3d.peft.blocks import Bottleneck, Combined, Prompts
 from pc3d.peft.dapt import DAPT
 from pc3d.peft.files import base_state, fingerprint, load_adapter, save_adapter
-from pc3d.peft.idpt import IDPT
+from pc3d.peft.idpt import IDPT, IDPTSegmentation
 from pc3d.peft.lora import LoRA
 from pc3d.peft.point_peft import PointPEFT
 from pc3d.peft.pointgst import PointGST
@@ -28,6 +28,7 @@ __all__ = [
     "BitFit",
     "Bottleneck",
     "Combined",
+    "IDPTSegmentation",
     "LinearProbe",
     "LoRA",
     "NormTuning",

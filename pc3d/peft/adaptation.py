@@ -42,7 +42,7 @@ class Adaptation(Configurable, abc.ABC):
 
 @dataclass(frozen=True)
 class Attached:
-    """An adapter in a backbone: what it was made from, and the names it added to the state dict."""
+    """An adapter in a backbone: what it was made from, and its names in the state dict, task layers included."""
 
     method: Adaptation
     added: frozenset[str]
@@ -57,17 +57,26 @@ def attach(backbone: Backbone, method: Adaptation, name: str = "default") -> Att
     """Freeze a backbone, adapters it has already included, and insert a new one, which trains.
 
     The running statistics of the backbone's own norms never change from here on, in training mode neither: the adapter
-    and the untouched backbone together are the adapted model.
+    and the untouched backbone together are the adapted model. Layers of the backbone that no pre-training brings (its
+    ``task_layers``) train as they are, belong to the adapter's file, and stay trained when it is taken off.
 
     Raises:
-        InputError: if the name is taken or no identifier, or the method finds no place in this backbone.
+        InputError: if the name is taken or no identifier, the method finds no place in this backbone, or its task
+            layers have learned with another adapter.
     """
     if not _NAME.fullmatch(name):
         raise InputError(f"peft: adapter name '{name}' must be letters, digits and _")
     if name in attached(backbone):
         raise InputError(f"peft: this {type(backbone).__name__} has an adapter '{name}' already")
+    if backbone.task_layers and attached(backbone):
+        raise InputError(
+            f"peft: '{backbone.task_layers[0]}' of this {type(backbone).__name__} trains with its adapter "
+            f"'{next(iter(attached(backbone)))}': it takes no second one (pc3d.peft.Combined joins several)"
+        )
     before, trained = set(backbone.state_dict()), [p for p in backbone.parameters() if p.requires_grad]
     backbone.requires_grad_(False)
+    for layer in backbone.task_layers:
+        backbone.get_submodule(layer).requires_grad_(True)
     try:
         method.insert(backbone, name)
     except InputError:
@@ -75,15 +84,22 @@ def attach(backbone: Backbone, method: Adaptation, name: str = "default") -> Att
         for parameter in trained:
             parameter.requires_grad_(True)
         raise
-    found = attached(backbone)[name] = Attached(method, frozenset(set(backbone.state_dict()) - before))
-    parts = parts_of(backbone)
-    inside = {id(module) for part in parts for module in part.modules()}
+    task = tuple(f"{layer}." for layer in backbone.task_layers)
+    added = frozenset(key for key in backbone.state_dict() if key not in before or key.startswith(task))
+    found = attached(backbone)[name] = Attached(method, added)
+    learning = _learning(backbone)
     backbone.kept_in_eval = [
-        m for m in backbone.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and id(m) not in inside
+        m for m in backbone.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and id(m) not in learning
     ]
     for norm in backbone.kept_in_eval:
         norm.eval()
     return found
+
+
+def _learning(backbone: PointNetwork) -> set[int]:
+    """Identities of the modules that belong to adapters or are task layers."""
+    roots = [*parts_of(backbone), *(backbone.get_submodule(layer) for layer in backbone.task_layers)]
+    return {id(module) for root in roots for module in root.modules()}
 
 
 def parts_of(backbone: nn.Module, name: str | None = None) -> list[AdapterPart]:
@@ -93,7 +109,7 @@ def parts_of(backbone: nn.Module, name: str | None = None) -> list[AdapterPart]:
 
 
 def detach(backbone: Backbone, name: str = "default") -> None:
-    """Take an adapter out: what is left is bit for bit what was there before.
+    """Take an adapter out: what is left is bit for bit what was there before, but for task layers.
 
     The backbone stays frozen; ``backbone.requires_grad_()`` thaws it.
     """
@@ -170,13 +186,15 @@ def count_parameters(module: nn.Module) -> ParameterCounts:
 def places(
     backbone: Backbone, kind: type[AnyModule] | tuple[type[AnyModule], ...], patterns: Sequence[str] | None, who: str
 ) -> list[tuple[str, AnyModule]]:
-    """Modules of a kind, outside of adapters, whose name matches a pattern; without patterns those inside blocks.
+    """Modules of a kind whose name matches a pattern; without patterns those inside blocks.
+
+    Those of adapters and of task layers are left out.
 
     Raises:
         InputError: if there are none, or a pattern matches none; names what there is.
     """
-    inside = {id(module) for part in parts_of(backbone) for module in part.modules()}
-    every = [(n, m) for n, m in backbone.named_modules() if isinstance(m, kind) and id(m) not in inside]
+    learning = _learning(backbone)
+    every = [(n, m) for n, m in backbone.named_modules() if isinstance(m, kind) and id(m) not in learning]
     if patterns is None:
         blocks = {
             id(m) for b in backbone.modules() if b is not backbone and isinstance(b, Adaptable) for m in b.modules()

@@ -16,15 +16,16 @@ from pc3d.config import instantiate
 from pc3d.errors import InputError
 from pc3d.io.atomic import atomic_write
 from pc3d.nn.backbone import Backbone, PointNetwork
-from pc3d.peft.adaptation import attach, attached
+from pc3d.peft.adaptation import attach, attached, detach
 
 _FORMAT = 1
 
 
 def base_state(backbone: PointNetwork) -> dict[str, Tensor]:
-    """State of the backbone without its adapters."""
+    """State of the backbone without its adapters and task layers: what a pre-training brings."""
     added = set().union(*(entry.added for entry in attached(backbone).values()))
-    return {name: value for name, value in backbone.state_dict().items() if name not in added}
+    task = tuple(f"{layer}." for layer in backbone.task_layers)
+    return {name: v for name, v in backbone.state_dict().items() if name not in added and not name.startswith(task)}
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
@@ -108,8 +109,6 @@ def load_adapter(
     try:
         _check(path, stored, {key: v for key, v in backbone.state_dict().items() if key in entry.added}, "adapter")
     except InputError:
-        from pc3d.peft.adaptation import detach
-
         detach(backbone, name)
         raise
     backbone.load_state_dict(stored, strict=False)

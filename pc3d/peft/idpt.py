@@ -5,14 +5,17 @@ arXiv 2304.07221. A small network reads the patch tokens of a cloud before one l
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import dataclasses
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pc3d.errors import InputError
+from pc3d.nn.adaptable import BlockAdapter
 from pc3d.nn.backbone import Backbone
+from pc3d.nn.patch_decoders import PatchDecoder
 from pc3d.nn.vit import PatchTokens, TransformerBlock
 from pc3d.peft.adaptation import Adaptation
 from pc3d.peft.blocks import insert_tokens
@@ -47,14 +50,9 @@ class IDPT(Adaptation):
         neighbours: int = 20,
         train_prompt_position: bool = True,
     ) -> None:
-        if prompt_network not in (*_EDGE_LAYERS, "transformer"):
-            raise InputError(
-                f"IDPT.prompt_network: '{prompt_network}' is none of {', '.join(_EDGE_LAYERS)}, transformer"
-            )
+        _check_prompt_network("IDPT", prompt_network, neighbours)
         if feature not in _FEATURES:
             raise InputError(f"IDPT.feature: '{feature}' is none of {', '.join(_FEATURES)}")
-        if neighbours < 1:
-            raise InputError(f"IDPT.neighbours: {neighbours} must be at least 1")
         self.layer, self.prompt_network, self.feature = layer, prompt_network, feature
         self.neighbours, self.train_prompt_position = neighbours, train_prompt_position
 
@@ -70,13 +68,7 @@ class IDPTPart(NetworkPart):
         channels = network.channels
         super().__init__(adapter, network, _FEATURES[config.feature] * channels)
         self.layer, self.feature = config.layer, config.feature
-        self.prompt: nn.Module
-        if config.prompt_network == "transformer":
-            block = network.blocks[0]
-            assert isinstance(block, TransformerBlock)
-            self.prompt = TransformerPrompt(channels, block.attn.num_heads)
-        else:
-            self.prompt = GraphPrompt(channels, _EDGE_LAYERS[config.prompt_network], config.neighbours)
+        self.prompt = prompt_network(network, config.prompt_network, config.neighbours)
         self.prompt_pos = nn.Parameter(torch.empty(1, 1, channels), requires_grad=config.train_prompt_position)
         nn.init.trunc_normal_(self.prompt_pos, std=0.02)
 
@@ -95,6 +87,76 @@ class IDPTPart(NetworkPart):
             "promptonly": [prompt],
         }
         return torch.cat(parts[self.feature], -1)
+
+
+class IDPTSegmentation(Adaptation):
+    """IDPT of the part segmentation: a new prompt before each stage that the decoder reads, dropped behind it.
+
+    The decoder sees the prompts, before and behind their blocks, in place of a cloud's largest and mean token. For a
+    network with Point-MAE's decoder and no class token.
+
+    Args:
+        prompt_network, neighbours: see :class:`IDPT`.
+    """
+
+    def __init__(self, prompt_network: PromptNetworkName = "mlp", neighbours: int = 20) -> None:
+        _check_prompt_network("IDPTSegmentation", prompt_network, neighbours)
+        self.prompt_network, self.neighbours = prompt_network, neighbours
+
+    def insert(self, backbone: Backbone, name: str) -> None:
+        if not isinstance(getattr(backbone, "decoder", None), PatchDecoder):
+            raise InputError(
+                f"peft: IDPTSegmentation wants PointViT with Point-MAE's decoder, not this {type(backbone).__name__}"
+            )
+        network = cast(DecodingTransformer, backbone)
+        network.adapters[name] = IDPTSegmentationPart(name, self, network)
+
+
+class DecodingTransformer(PatchTransformer, Protocol):
+    decoder: PatchDecoder
+    stages: tuple[int, ...]
+
+
+class IDPTSegmentationPart(BlockAdapter):
+    def __init__(self, adapter: str, config: IDPTSegmentation, network: DecodingTransformer) -> None:
+        super().__init__(adapter)
+        self.stages = network.stages
+        self.prompts = nn.ModuleList(
+            prompt_network(network, config.prompt_network, config.neighbours) for _ in network.stages
+        )
+        self.prompt_pos = nn.Parameter(torch.empty(1, 1, network.channels))
+        nn.init.trunc_normal_(self.prompt_pos, std=0.02)
+
+    def forward(self, block: DecodingTransformer, run: Any, tokens: Points) -> Tensor:
+        x = block.tokens(tokens)
+        prompts = iter(self.prompts)
+        found = []
+        for i, layer in enumerate(block.blocks):
+            if i not in self.stages:
+                x = layer(x)
+                continue
+            prompt = next(prompts)(x)
+            feat = layer(insert_tokens(x, prompt, self.prompt_pos)).feat
+            found.append(block.norm(torch.cat([prompt, feat], 1)))
+            x = dataclasses.replace(x, feat=feat[:, 1:])
+        whole = torch.cat([feat[:, row] for row in (0, 1) for feat in found], -1)
+        return block.decoder(tokens, x.centres, [feat[:, 2:] for feat in found], whole)
+
+
+def prompt_network(network: PatchTransformer, name: PromptNetworkName, neighbours: int) -> nn.Module:
+    """A new network that makes a prompt ``(B, 1, C)`` of tokens."""
+    if name != "transformer":
+        return GraphPrompt(network.channels, _EDGE_LAYERS[name], neighbours)
+    block = network.blocks[0]
+    assert isinstance(block, TransformerBlock)
+    return TransformerPrompt(network.channels, block.attn.num_heads)
+
+
+def _check_prompt_network(who: str, name: str, neighbours: int) -> None:
+    if name not in (*_EDGE_LAYERS, "transformer"):
+        raise InputError(f"{who}.prompt_network: '{name}' is none of {', '.join(_EDGE_LAYERS)}, transformer")
+    if neighbours < 1:
+        raise InputError(f"{who}.neighbours: {neighbours} must be at least 1")
 
 
 class GraphPrompt(nn.Module):

@@ -39,7 +39,7 @@ def patch_transformer(backbone: Backbone, who: str) -> PatchTransformer:
     blocks = getattr(backbone, "blocks", ())
     if not isinstance(backbone, Adaptable) or not all(isinstance(block, TransformerBlock) for block in blocks):
         raise InputError(f"peft: {who} adapts PointViT; {type(backbone).__name__} is no transformer over patches")
-    if getattr(backbone, "cls_token", None) is None:
+    if getattr(backbone, "cls_token", None) is None or getattr(backbone, "decoder", None) is not None:
         raise InputError(f"peft: {who} needs the class token: a PointViT without decoder")
     if backbone.adapters:
         raise InputError(f"peft: {who} takes the network over, as '{next(iter(backbone.adapters))}' does; detach it")

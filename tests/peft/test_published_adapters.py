@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from pc3d.errors import InputError
 from pc3d.models import PointViT, SparseUNet
+from pc3d.models.convert import import_point_vit
 from pc3d.models.heads import MLPHead
 from pc3d.peft import (
     DAPT,
@@ -122,6 +124,25 @@ def test_life_of_an_adapter(how: str, tmp_path: Path) -> None:
     detach(base)
     assert base.out_channels == 24
     assert torch.equal(features(base, points), before)
+
+
+def test_published_names_of_the_transformer_prompt() -> None:
+    base, points = network(), clouds(40, 30)
+    attach(base, IDPT(1, "transformer"))
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    published = {}
+    for name, value in base.state_dict().items():
+        trained = base.state_dict().get(f"adapters.default.{name}", 0)  # of the class token
+        name = re.sub(r"^adapters\.default\.(prompt\.block|prompt_pos)", r"\1", name)
+        name = re.sub(r"^blocks\.(?=\d)", "blocks.blocks.", name.replace("prompt.block.", "blocks.cls."))
+        if not name.startswith("adapters."):
+            published[name] = value + trained
+    fresh = network(seed=2)
+    attach(fresh, IDPT(1, "transformer"))
+    assert import_point_vit({"base_model": published}, fresh) == []
+    torch.testing.assert_close(features(fresh, points), features(base, points))
 
 
 def test_prompt_of_idpt_is_that_of_the_instance() -> None:
