@@ -25,6 +25,7 @@ from pc3d.bench import (
     serialize,
     sparse,
     voxelize,
+    windows,
 )
 from pc3d.bench.clouds import load
 from pc3d.bench.figures import draw_growth, draw_ratios
@@ -46,6 +47,7 @@ EXAMPLES = """examples:
   tools/bench.py configs configs/synthetic_shapes/*.yaml --threads 2
   tools/bench.py scenes --threads 2 --picture runs/bench/scenes.png
   tools/bench.py fusion --seconds 240 --picture runs/bench/fusion.png
+  tools/bench.py windows --threads 1 --json runs/bench/windows.json
   tools/bench.py scan --shape 8x1024x384x16 --threads 2
   tools/bench.py sparse scan.bin:0.05:6 sweep.npz:0.1 --picture runs/bench/sparse.png
 """
@@ -63,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "data": _run_data,
             "configs": _run_configs,
             "scenes": _run_scenes,
+            "windows": _run_windows,
         }
         return special.get(args.op, _run)(args)
     except InputError as error:
@@ -162,6 +165,13 @@ def _run_scenes(args: argparse.Namespace) -> int:
     return 0
 
 
+def _run_windows(args: argparse.Namespace) -> int:
+    print(", ".join(f"{key} {value}" for key, value in machine().items() if key != "threads"))
+    timings = windows.run(args.cloud or windows.CLOUDS, args.rounds, args.threads or torch.get_num_threads())
+    _write_json(args.json, {"machine": machine(), "rows": [asdict(timing) for timing in timings]})
+    return 0
+
+
 def _run_fusion(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -233,6 +243,15 @@ def _parser() -> argparse.ArgumentParser:
     feeding.add_argument("--threads", type=_at_least(1), help="threads of training (default: torch's)")
     feeding.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     feeding.add_argument("overrides", nargs="*", help="after --: overrides of the config, as in pc3d train")
+    grouped = ops.add_parser(
+        "windows", help="a layer of linear attention in windows of voxels beside softmax attention"
+    )
+    grouped.add_argument(
+        "--cloud", type=_points_and_size, action="append", metavar="POINTS:SIZE", help="generated sweep, may repeat"
+    )
+    grouped.add_argument("--threads", type=_at_least(1), help="threads of torch and of the kernels (default: torch's)")
+    grouped.add_argument("--rounds", type=_at_least(1), default=3, help="timed rounds (default 3)")
+    grouped.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     parts = ops.add_parser("fusion", help="Segment-Fusion on rooms with part errors put in: what it repairs")
     parts.add_argument("--seconds", type=_at_least(1), default=240, help="of training (default 240)")
     parts.add_argument("--seed", type=int, default=0, help="of rooms, errors and training")
@@ -276,6 +295,14 @@ def _at_least(least: int) -> Callable[[str], int]:
         return value
 
     return integer
+
+
+def _points_and_size(text: str) -> tuple[int, float]:
+    points, _, size = text.partition(":")
+    try:
+        return int(points), float(size)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not POINTS:SIZE, as in 120000:0.32") from None
 
 
 def _odd(text: str) -> int:

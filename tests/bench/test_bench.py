@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pc3d.bench import configs, scenes
+from pc3d.bench import configs, scenes, windows
 from pc3d.bench.clouds import lidar_sweep
 from pc3d.bench.command import main
 from pc3d.bench.figures import draw_growth
@@ -46,6 +46,19 @@ def test_point_operations_beside_their_peers(tmp_path: Path, capsys) -> None:
         engines = [t["engine"] for t in timings if t["case"].startswith(case)]
         assert engines[0] == "kernels"
         assert len(engines) >= 2
+
+
+def test_attention_in_windows(tmp_path: Path, capsys) -> None:
+    target = tmp_path / "windows.json"
+    assert main(["windows", "--cloud", "3000:0.5", "--threads", "1", "--rounds", "1", "--json", str(target)]) == 0
+    rows = json.loads(target.read_text())["rows"]
+    assert [row["engine"] for row in rows] == list(windows.engines())
+    assert all(row["forward_ms"] > 0 and row["voxels"] > row["largest"] > 1 for row in rows)
+    borders = torch.tensor([0, 0, 1, 9, 17, 50])
+    qkv = torch.randn(50, 3, 2, 8)
+    linear, plain, kernels, padded = (attend(qkv, borders) for attend in windows.engines().values())
+    torch.testing.assert_close(linear, plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(kernels, padded, rtol=1e-4, atol=1e-5)
 
 
 def test_orders_are_compared_layer_by_layer(tmp_path: Path, capsys) -> None:
