@@ -132,6 +132,7 @@ class Sonata(SerializedUNet):
             block,
             partial(Unpooling, norm=PointLayerNorm, traceable=traceable),
         )
+        self.task_layers = () if enc_mode else ("dec",)
         self.apply(init_truncated_normal)
 
     def embed(self, tokens: Tokens, points: Points, token_of_point: Tensor) -> Tokens:

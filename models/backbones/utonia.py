@@ -186,6 +186,7 @@ class Utonia(SerializedUNet):
             block,
             partial(Unpooling, norm=PointLayerNorm, traceable=traceable),
         )
+        self.task_layers = () if enc_mode else ("dec",)
         self.apply(init_truncated_normal)
 
     def embed(self, tokens: Tokens, points: Points, token_of_point: Tensor) -> Tokens:

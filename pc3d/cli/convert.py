@@ -24,7 +24,8 @@ EXAMPLES = """\
 The config says what the file is a checkpoint of: backbone, classes and pipeline. It may be a training config; no data
 is read. Names and shapes must fit exactly, and what does not is listed. The result works like any export: with predict
 and test, and as --init_from of a training. Of a jointly trained file (PPT) the head of the backbone's pdnorm_default
-(or norm_default) is kept. To .pth, a checkpoint of this package gets the published names back."""
+(or norm_default) is kept. Files of adapters need the config's model.peft; of Point-PEFT, also the pre-training it was
+tuned from (--base) and its bank (--bank). To .pth, a checkpoint of this package gets the published names back."""
 
 
 def main(arguments: list[str]) -> int:
@@ -36,6 +37,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("input", metavar="INPUT", help="a published .pth; or a checkpoint of this package to go back")
     parser.add_argument("output", metavar="OUT", help=".safetensors, or .pth to go back")
     parser.add_argument("--config", metavar="FILE", help="experiment whose model the published file holds")
+    parser.add_argument("--base", metavar="FILE", help="of an adapter: the published pre-training it was tuned from")
+    parser.add_argument("--bank", metavar="FILE", help="of Point-PEFT: its features of training clouds, one per column")
     parser.add_argument("--layout", metavar="NAME", help="how kernels are stored: krsc, rsck, ...; default: detect")
     parser.add_argument("--trust", action="store_true", help="run code inside the file (your own file only)")
     options, overrides = parser.parse_known_args(arguments)
@@ -64,7 +67,11 @@ def from_published(source: Path, target: Path, options: Any, overrides: list[str
     experiment = Experiment(words, lambda config: Run(target.parent), program="pc3d convert")
     task, data = experiment.model, experiment.datamodule
     task.pipeline, task.palette, task.label_map = data.pipeline, data.dataset.palette, data.dataset.label_map
-    layout, with_head = _load(checkpoint["state_dict"], task, source, options.layout)
+    if options.base is not None:
+        _load(read_checkpoint(options.base, options.trust)["state_dict"], task, Path(options.base), options.layout)
+    layout, with_head = _load(checkpoint["state_dict"], task, source, options.layout, options.base is not None)
+    if options.bank is not None:
+        _fill_bank(task, Path(options.bank))
     print(f"{source}: {type(task.backbone).__name__}{f', kernels {layout.name}' if layout else ''}")
     if not with_head:
         print("the file has no head: its classes start anew (train with --init_from before you predict)")
@@ -94,9 +101,12 @@ def to_published(source: Path, target: Path, options: Any) -> Path:
 
 
 def _load(
-    state: dict[str, Tensor], task: PointTask, source: Path, layout_name: str | None
+    state: dict[str, Tensor], task: PointTask, source: Path, layout_name: str | None, onto_base: bool = False
 ) -> tuple[KernelLayout | None, bool]:
-    """Fill the task's backbone and, if the file has one, its head; the layout of kernels, and whether it had one."""
+    """Fill the task's backbone and, if the file has one, its head; the layout of kernels, and whether it had one.
+
+    ``onto_base``: the backbone holds what the file was tuned from.
+    """
     from pc3d.models import E3DSNN, ConDaFormer, PointSSM, PointViT, SparseUNet
     from pc3d.models.convert import (
         import_condaformer,
@@ -119,7 +129,7 @@ def _load(
             import_pretraining(state, task.backbone, task.method)
             return None, True
         if isinstance(task.backbone, PointViT):
-            import_point_vit(state, task.backbone, _head(task) if with_head else None)
+            import_point_vit(state, task.backbone, _head(task) if with_head else None, onto_base)
             return None, with_head
         if isinstance(task.backbone, ConDaFormer):
             import_condaformer(state, task.backbone, _head(task) if with_head else None)
@@ -138,6 +148,28 @@ def _load(
     except InputError as error:
         raise InputError(str(error).replace("checkpoint:", f"{source}:", 1)) from None
     raise InputError(f"{source}: there is no importer for {type(task.backbone).__name__} on the command line")
+
+
+def _fill_bank(task: PointTask, path: Path) -> None:
+    """Give the adapter a published bank, a ``(C, N)`` tensor."""
+    import torch
+
+    from pc3d.peft.adaptation import parts_of
+    from pc3d.peft.point_peft import PointPEFTPart
+
+    banks = [part.bank for part in parts_of(task.backbone) if isinstance(part, PointPEFTPart)]
+    if not banks:
+        raise InputError(f"{path}: only Point-PEFT has a bank; set model.peft to pc3d.peft.PointPEFT")
+    try:
+        columns = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises OSError, RuntimeError, EOFError, UnpicklingError, ... for damaged files
+        raise InputError(f"{path}: not a readable bank ({str(error).splitlines()[0]})") from error
+    if not isinstance(columns, torch.Tensor) or columns.ndim != 2:
+        raise InputError(f"{path}: a bank is one tensor, a feature per column")
+    try:
+        banks[0].fill(columns.T)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def _load_ppt(state: dict[str, Tensor], task: PointTask, source: Path, layout_name: str | None) -> KernelLayout:

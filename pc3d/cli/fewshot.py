@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from pc3d.cli.parser import Parser, split_overrides
 from pc3d.errors import InputError
@@ -67,9 +68,13 @@ def _run(options: argparse.Namespace, overrides: list[str], base: Path, fold: in
     arguments = ["--config", options.config, *overrides]
     arguments += [word for key, value in keys.items() for word in (f"--data.dataset.init_args.{key}", str(value))]
     check_configs(arguments)
-    arguments += _head_classes(options)
     folder = free_folder(base / f"fold-{fold:02d}")
-    fit_and_test(Experiment(arguments, lambda _: Run(folder), "pc3d fewshot"), arguments)
+
+    def plan(config: Any) -> Run:
+        _name_classes(config, options.way)
+        return Run(folder)
+
+    fit_and_test(Experiment(arguments, plan, "pc3d fewshot"), arguments)
     figures = json.loads((folder / "summary.json").read_text())
     missing = [name for name in ("test/OA", "val/OA") if name not in figures]
     if missing:
@@ -79,12 +84,8 @@ def _run(options: argparse.Namespace, overrides: list[str], base: Path, fold: in
     return figures
 
 
-def _head_classes(options: argparse.Namespace) -> list[str]:
-    """The override that gives a head which names its number of classes as many as the episodes have."""
-    import yaml
-
-    try:
-        head = yaml.safe_load(Path(options.config).read_text())["model"]["init_args"]["head"]["init_args"]
-    except (KeyError, TypeError, yaml.YAMLError):
-        return []
-    return ["--model.init_args.head.init_args.num_classes", str(options.way)] if "num_classes" in head else []
+def _name_classes(config: Any, way: int) -> None:
+    """Give a head which names its number of classes as many as the episodes have."""
+    key = "model.init_args.head.init_args.num_classes"
+    if key in config:
+        config[key] = way

@@ -20,6 +20,7 @@ from pc3d.points import Points
 
 _NAME = re.compile(r"[A-Za-z_]\w*")
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
+Place = TypeVar("Place")
 
 
 class Adaptation(Configurable, abc.ABC):
@@ -186,15 +187,25 @@ def count_parameters(module: nn.Module) -> ParameterCounts:
 def places(
     backbone: Backbone, kind: type[AnyModule] | tuple[type[AnyModule], ...], patterns: Sequence[str] | None, who: str
 ) -> list[tuple[str, AnyModule]]:
-    """Modules of a kind whose name matches a pattern; without patterns those inside blocks.
+    """Modules of a kind as :func:`choose` takes them."""
+    every = [(name, module) for name, module in base_modules(backbone) if isinstance(module, kind)]
+    return choose(backbone, every, patterns, who)
 
-    Those of adapters and of task layers are left out.
+
+def base_modules(backbone: Backbone) -> list[tuple[str, nn.Module]]:
+    """Modules by name, without those of adapters and task layers."""
+    learning = _learning(backbone)
+    return [(name, module) for name, module in backbone.named_modules() if id(module) not in learning]
+
+
+def choose(
+    backbone: Backbone, every: Sequence[tuple[str, Place]], patterns: Sequence[str] | None, who: str
+) -> list[tuple[str, Place]]:
+    """Modules of the backbone whose name matches a pattern; without patterns those inside blocks.
 
     Raises:
         InputError: if there are none, or a pattern matches none; names what there is.
     """
-    learning = _learning(backbone)
-    every = [(n, m) for n, m in backbone.named_modules() if isinstance(m, kind) and id(m) not in learning]
     if patterns is None:
         blocks = {
             id(m) for b in backbone.modules() if b is not backbone and isinstance(b, Adaptable) for m in b.modules()

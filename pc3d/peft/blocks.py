@@ -14,7 +14,7 @@ from pc3d.nn.adaptable import Adaptable, BlockAdapter
 from pc3d.nn.backbone import Backbone
 from pc3d.nn.mlp import MLP
 from pc3d.nn.vit import PatchTokens, TransformerBlock
-from pc3d.peft.adaptation import Adaptation, places
+from pc3d.peft.adaptation import Adaptation, base_modules, choose, places
 from pc3d.voxels import Voxels
 
 
@@ -45,12 +45,12 @@ class Bottleneck(Adaptation):
         self.rank, self.place, self.scale, self.dropout, self.targets = rank, place, scale, dropout, targets
 
     def insert(self, backbone: Backbone, name: str) -> None:
-        found = places(backbone, Adaptable, self.targets or ["."], "Bottleneck")  # type: ignore[type-var]
-        found = [(place, m) for place, m in found if isinstance(m, MLP) == (self.place == "mlp")]
+        every: list[tuple[str, Adaptable]] = [(n, m) for n, m in base_modules(backbone) if isinstance(m, Adaptable)]
+        chosen = choose(backbone, every, self.targets or ["."], "Bottleneck")
+        found = [module for _, module in chosen if isinstance(module, MLP) == (self.place == "mlp")]
         if not found:
             raise InputError(f"peft: {type(backbone).__name__} has no {self.place} for a Bottleneck; try another place")
-        for _, module in found:
-            assert isinstance(module, Adaptable)
+        for module in found:
             module.adapters[name] = BottleneckPart(name, self, module.channels)
 
 

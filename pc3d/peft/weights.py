@@ -6,6 +6,7 @@ Everything that reads ``module.weight`` sees the adapted one, fused kernels too.
 
 from __future__ import annotations
 
+import abc
 import math
 from functools import cache, partial
 from typing import Any, cast
@@ -19,11 +20,12 @@ from pc3d.nn.adaptable import AdapterPart
 from pc3d.sparse import SparseConvolution
 
 
-class WeightPart(AdapterPart):
+class WeightPart(AdapterPart, abc.ABC):
     """``weight -> weight``; the identity while it is not active."""
 
+    @abc.abstractmethod
     def adapted(self, weight: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The weight while the part is active."""
 
     def forward(self, weight: Tensor) -> Tensor:
         return self.adapted(weight) if self.active else weight
@@ -36,14 +38,15 @@ class LowRank(WeightPart):
         super().__init__(adapter)
         weight = cast(Tensor, module.weight)
         self.factor, self.rows_out = factor, not isinstance(module, SparseConvolution)
+        shapes: tuple[tuple[int, ...], tuple[int, ...]]
         if self.rows_out:  # (out, in, ...)
-            down, up = (rank, math.prod(weight.shape[1:])), (weight.shape[0], rank)
-            fan = down[1]
+            fan = math.prod(weight.shape[1:])
+            shapes = (rank, fan), (weight.shape[0], rank)
         else:  # (K, in, out)
             offsets, channels, width = weight.shape
-            down, up = (offsets, channels, rank), (offsets, rank, width)  # type: ignore[assignment]
             fan = offsets * channels
-        self.down, self.up = (nn.Parameter(weight.new_empty(shape, dtype=torch.float32)) for shape in (down, up))
+            shapes = (offsets, channels, rank), (offsets, rank, width)
+        self.down, self.up = (nn.Parameter(weight.new_empty(shape, dtype=torch.float32)) for shape in shapes)
         nn.init.uniform_(self.down, -1 / math.sqrt(fan), 1 / math.sqrt(fan))
         nn.init.zeros_(self.up)
 
@@ -170,6 +173,7 @@ def _adapted_class(cls: Any, *tensors: str) -> Any:
 
 def _adapted_tensor(tensor: str, module: nn.Module) -> Tensor:
     value = cast(Tensor, module._parameters[tensor])
-    for part in module._modules["adapted"]._modules[tensor]._modules.values():  # type: ignore[union-attr]
+    parts = cast(nn.ModuleDict, cast(nn.ModuleDict, module.adapted)[tensor])
+    for part in parts.values():
         value = cast(WeightPart, part)(value)
     return value

@@ -1,4 +1,4 @@
-"""``pc3d convert`` on files of ConDaFormer and E-3DSNN, written by the test in their published form."""
+"""``pc3d convert`` on files of ConDaFormer, E-3DSNN and Point-PEFT, written by the test in their published form."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pc3d.models.convert import KernelLayout
 from pc3d.models.convert.kernels import write_kernel
 from pc3d.sparse import DepthwiseSubMConv3d, SparseConvolution
 from pc3d.tasks import load_task
+from pc3d.tasks.base import PointTask
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "synthetic_rooms"
 
@@ -66,3 +67,74 @@ def test_published_files(model: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     torch.save({"state_dict": backbone}, source)
     assert main(["convert", str(source), str(tmp_path / "not.safetensors"), "--config", str(config)]) == 2
     assert f"{source}: does not fit this" in capsys.readouterr().err
+
+
+def published_vit(task: PointTask, prefix: str = "") -> dict[str, Tensor]:
+    """State of a transformer over patches, without its adapter."""
+    state = {n: v for n, v in task.backbone.state_dict().items() if "adapt" not in n}
+    return {prefix + re.sub(r"^blocks\.", "blocks.blocks.", name): value.clone() for name, value in state.items()}
+
+
+def published_point_peft(task: PointTask) -> dict[str, Tensor]:
+    """Names of the published adapter; what trains in place of a weight of the base is that weight."""
+    state = task.backbone.state_dict()
+    found = published_vit(task)
+    for name, value in state.items():
+        if weight := re.match(r"(.+)\.adapted\.(\w+)\.default\.delta$", name):
+            found[re.sub(r"^blocks\.", "blocks.blocks.", f"{weight[1]}.{weight[2]}")] += value
+        name = name.removeprefix("adapters.default.")
+        if name in ("cls_token", "cls_pos"):
+            found[name] = state[name] + state[f"adapters.default.{name}"]
+        for pattern, replacement in (
+            (r"^prompt_coord$", "prompt_cor"),
+            (r"^attention\.norm\.", "blocks.norm3."),
+            (r"^attention\.(qkv|proj)\.", r"blocks.attn1.\1."),
+            (r"^prompts\.(\d)\.prompt$", r"blocks.blocks.\1.prompt_embeddings"),
+            (r"^prompts\.(\d)\.refine\.", r"blocks.blocks.\1.cp_adapter."),
+            (r"^blocks\.(\d)\.mlp\.(?=down|up)", r"blocks.blocks.\1.adapter."),
+            (r"^blocks\.(\d)\.last\.", r"blocks.blocks.\1.adapter1."),
+            (r"^blocks\.(\d)\.norm\.", r"blocks.blocks.\1.out_transform.0."),
+        ):
+            theirs, hits = re.subn(pattern, replacement, name)
+            if hits:
+                found[theirs.replace(".down.", ".ln1.").replace(".up.", ".ln2.")] = value
+    unused = {
+        "ad_gate": torch.zeros(1),
+        "prompt_embeddings": torch.zeros(5, 48),
+        "cp_adapter.ln1.weight": torch.ones(8),
+    }
+    return found | {f"blocks.blocks.2.{name}": value for name, value in unused.items()}
+
+
+def test_published_point_peft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The pre-training keeps its weights, which the bank is asked with; the tuned file becomes a difference."""
+    config = str(CONFIGS.parent / "synthetic_shapes" / "cls-point-peft-tiny.yaml")
+    words = ["--config", config, "--model.init_args.peft.init_args.bank_size", "12"]
+    task = Experiment(words, lambda parsed: Run(tmp_path)).model
+    assert isinstance(task.head, nn.Module)
+    for value in task.state_dict().values():
+        value.copy_(torch.rand(value.shape) - 0.3 * (value.ndim > 1)) if value.is_floating_point() else None
+    base, tuned, bank = (tmp_path / name for name in ("pretrained.pth", "tuned.pth", "bank.pt"))
+    head = {
+        re.sub(r"^hidden\.0\.|^linear", lambda m: "" if m[0] != "linear" else "4", name): value
+        for name, value in task.head.state_dict().items()
+    }
+    torch.save({"base_model": published_vit(task, "module.MAE_encoder.")}, base)
+    published = published_point_peft(task) | {f"cls_head_finetune.{name}": value for name, value in head.items()}
+    torch.save({"base_model": {f"module.{name}": value for name, value in published.items()}}, tuned)
+    torch.save(torch.rand(48, 12), bank)
+    command = ["convert", str(tuned), str(tmp_path / "ours.safetensors"), *words, "--base", str(base)]
+    assert main([*command, "--bank", str(bank)]) == 0
+    loaded, _, _ = load_task(tmp_path / "ours.safetensors")
+    torch.testing.assert_close(loaded.backbone.adapters["default"].bank.features, torch.load(bank).T.half())
+    expected = {name: value for name, value in task.state_dict().items() if ".bank." not in name}
+    for name, value in loaded.state_dict().items():
+        if name in expected:
+            torch.testing.assert_close(value, expected[name], msg=name)
+
+    torch.save(torch.rand(48, 9), bank)
+    assert main([*command, "--bank", str(bank)]) == 2
+    assert f"{bank}: bank: (9, 48) features do not fill one of (12, 48)" in capsys.readouterr().err
+    bank.write_bytes(b"nothing")
+    assert main([*command, "--bank", str(bank)]) == 2
+    assert f"{bank}: not a readable bank" in capsys.readouterr().err

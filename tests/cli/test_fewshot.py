@@ -46,7 +46,12 @@ def test_folds_are_run_once_and_summed_up(config: Path, tmp_path: Path, capsys: 
     stamp = (base / "fold-00" / "run.json").stat().st_mtime_ns
     (base / "fold-01").mkdir()
     (base / "fold-01" / "summary.json").write_text("{}")  # a fold that was stopped
-    assert main([*command, "--folds", "2", "--", "--seed_everything", "1"]) == 0
+    content = yaml.safe_load(config.read_text())
+    head = content["model"]["init_args"].pop("head")  # given on the command line instead
+    config.write_text(yaml.safe_dump(content))
+    key = "--model.init_args.head"
+    words = [key, head["class_path"], *(f"{key}.init_args.{name}={value}" for name, value in head["init_args"].items())]
+    assert main([*command, "--folds", "2", "--", "--seed_everything", "1", *words]) == 0
     assert (base / "fold-00" / "run.json").stat().st_mtime_ns == stamp
     folds = [json.loads((base / name / "summary.json").read_text()) for name in ("fold-00", "fold-01-2")]
     summary = json.loads((base / "summary.json").read_text())
@@ -58,6 +63,7 @@ def test_folds_are_run_once_and_summed_up(config: Path, tmp_path: Path, capsys: 
     saved = yaml.safe_load((base / "fold-01-2" / "config.yaml").read_text())
     assert saved["data"]["dataset"]["init_args"]["fold"] == 1
     assert saved["seed_everything"] == 1
+    assert saved["model"]["init_args"]["head"]["init_args"]["num_classes"] == 3
 
 
 def test_what_cannot_be_run(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from pc3d.errors import InputError
-from pc3d.models import PointViT
+from pc3d.models import PointViT, Sonata
 from pc3d.models.convert import import_point_vit
 from pc3d.peft import (
     IDPT,
     Adaptation,
     IDPTSegmentation,
+    LinearProbe,
     LoRA,
     attach,
     base_state,
@@ -25,6 +26,7 @@ from pc3d.peft import (
     load_adapter,
     save_adapter,
 )
+from pc3d.peft.weights import is_adapted
 from pc3d.points import Points
 from pc3d.tasks.heads import LinearHead
 
@@ -105,6 +107,20 @@ def test_the_decoder_belongs_to_the_adapter(how: str, tmp_path: Path) -> None:
     detach(base)
     assert torch.equal(features(base), plain)
     assert base.state_dict().keys() == encoder.keys() | decoder.keys()
+
+
+def test_a_decoder_behind_a_frozen_encoder() -> None:
+    """Decoder probing: of a serialized backbone nothing but its decoder trains."""
+    sizes = {"enc_depths": [1, 1], "enc_channels": [12, 24], "enc_num_head": [1, 2], "enc_patch_size": [32, 32]}
+    decoder = {"dec_depths": [1], "dec_channels": [12], "dec_num_head": [1], "dec_patch_size": [32]}
+    base = Sonata(3, stride=[2], **sizes, **decoder, enc_mode=False)  # type: ignore[arg-type]
+    attach(base, LinearProbe())
+    trains = {name for name, p in base.named_parameters() if p.requires_grad}
+    assert trains == {name for name, _ in base.named_parameters() if name.startswith("dec.")}
+    detach(base)
+    attach(base, LoRA(2))
+    assert not [name for name, module in base.named_modules() if name.startswith("dec.") and is_adapted(module)]
+    assert [name for name, module in base.named_modules() if name.startswith("enc.") and is_adapted(module)]
 
 
 def published(backbone: PointViT, head: LinearHead) -> dict[str, Tensor]:
