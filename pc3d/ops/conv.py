@@ -152,7 +152,7 @@ def _fuses(feat: Tensor, plan: Plan, flows: str) -> bool:
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and flows.startswith("os")
-        and _kernels(feat, plan) is not None
+        and plan_kernels(feat, plan) is not None
     )
 
 
@@ -160,15 +160,15 @@ def _multiply(
     feat: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, num_out: int, flows: str, epilogue: Epilogue
 ) -> Tensor:
     """The forward of the CPU kernels, output-stationary."""
-    kernels = _kernels(feat, plan)
+    kernels = plan_kernels(feat, plan)
     assert kernels is not None
     dtype, feat = feat.dtype, _features(feat)
     out = feat.new_empty(num_out, weight.shape[2])
     _, _, tile = flows.split(",")[0].partition("@")
-    first, scale, shift = (None if t is None else _plain(t) for t in (bias, epilogue.scale, epilogue.shift))
+    first, scale, shift = (None if t is None else plain(t) for t in (bias, epilogue.scale, epilogue.shift))
     residual = None if epilogue.residual is None else epilogue.residual.detach().to(feat.dtype).contiguous()
     kernels.conv_forward(
-        feat, _plain(weight, strided=True), first, *plan, out, scale, shift, residual, epilogue.relu,
+        feat, plain(weight, strided=True), first, *plan, out, scale, shift, residual, epilogue.relu,
         tile_rows=int(tile or 0),
     )  # fmt: skip
     return out.to(dtype)
@@ -191,11 +191,11 @@ def _sparse_conv(
     if planned_for_triton(plan) and forward != "ws":
         from pc3d.ops import conv_triton
 
-        plain = feat.detach(), weight.detach(), None if bias is None else bias.detach()
+        detached = feat.detach(), weight.detach(), None if bias is None else bias.detach()
         if forward == "fod":
-            return conv_triton.fetch_on_demand(*plain, in_rows, out_rows, offsets, num_out)
-        return conv_triton.forward(*plain, plan, num_out, forward)
-    if flows.startswith("os") and _kernels(feat, plan) is not None:
+            return conv_triton.fetch_on_demand(*detached, in_rows, out_rows, offsets, num_out)
+        return conv_triton.forward(*detached, plan, num_out, forward)
+    if flows.startswith("os") and plan_kernels(feat, plan) is not None:
         return _multiply(feat, weight, bias, plan, num_out, flows, Epilogue())
     wide = accumulation_dtype(feat.dtype)
     out = feat.new_zeros(num_out, weight.shape[2], dtype=wide)
@@ -225,7 +225,7 @@ def _weight_grad(
         from pc3d.ops import conv_triton
 
         return conv_triton.weight_grad(feat.detach(), grad.detach(), in_rows, out_rows, plan)
-    kernels = _kernels(feat, plan) if flows.split(",")[2] == "fod" else None
+    kernels = plan_kernels(feat, plan) if flows.split(",")[2] == "fod" else None
     if kernels is not None:
         out = feat.new_empty(len(offsets) - 1, feat.shape[1], grad.shape[1], dtype=torch.float32)
         left, right = _features(feat), _features(grad.to(feat.dtype))
@@ -388,7 +388,8 @@ def _plan(kernels: ModuleType, gather: Tensor, scatter: Tensor, offsets: Tensor,
     return [grouped_gather, grouped_scatter, starts]
 
 
-def _kernels(feat: Tensor, plan: Plan) -> ModuleType | None:
+def plan_kernels(feat: Tensor, plan: Plan) -> ModuleType | None:
+    """The C++ kernels, where they serve ``feat`` with this plan."""
     usable = plan and not planned_for_triton(plan) and feat.dtype in _KERNEL_DTYPES
     return cpu_kernels(feat, *plan) if usable else None
 
@@ -399,7 +400,7 @@ def _features(feat: Tensor) -> Tensor:
     return feat if feat.dtype == torch.bfloat16 else feat.float()
 
 
-def _plain(tensor: Tensor, strided: bool = False) -> Tensor:
+def plain(tensor: Tensor, strided: bool = False) -> Tensor:
     """Parameters as the kernels read them: float32, without autograd, contiguous unless ``strided``."""
     tensor = tensor.detach().float()
     return tensor if strided else tensor.contiguous()

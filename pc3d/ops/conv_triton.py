@@ -38,6 +38,24 @@ _GRADIENT_BLOCKS = ((32, 32, 32, 4), (64, 64, 32, 4), (64, 64, 64, 8), (32, 64, 
 
 
 @triton.jit
+def _multiply_rows(
+    total, rows, real, filters, inside, cin, stride_in,
+    BK: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Adds the product of rows, where they are real, and the columns of a filter that are inside it."""
+    for first in range(0, cin, BK):
+        channel = first + tl.arange(0, BK)
+        known = channel < cin
+        a = tl.load(rows[:, None] + channel[None, :], mask=real[:, None] & known[None, :], other=0.0)
+        b = tl.load(filters + channel[:, None] * stride_in, mask=known[:, None] & inside[None, :], other=0.0)
+        if WIDEN:
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
 def _forward_kernel(
     x, w, bias, y, masks, starts, partners, order, tile_ptr, tile_offset, rows, cin, cout,
     first_offset, stride_k, stride_in, stride_out,
@@ -66,19 +84,8 @@ def _forward_kernel(
         base = tl.load(partners + partner, mask=has, other=0).to(tl.int64) * cin
         partner += has.to(partner.dtype)  # the tile visits every offset of its records, in their order
         k = offset.to(tl.int64)
-        for first in range(0, cin, BK):
-            channel = first + tl.arange(0, BK)
-            known = channel < cin
-            a = tl.load(x + base[:, None] + channel[None, :], mask=has[:, None] & known[None, :], other=0.0)
-            b = tl.load(
-                w + k * stride_k + channel[:, None] * stride_in + columns[None, :] * stride_out,
-                mask=known[:, None] & inside[None, :],
-                other=0.0,
-            )
-            if WIDEN:
-                a = a.to(tl.float32)
-                b = b.to(tl.float32)
-            total = tl.dot(a, b, total, input_precision=PRECISION)
+        filters = w + k * stride_k + columns[None, :] * stride_out
+        total = _multiply_rows(total, x + base, has, filters, inside, cin, stride_in, BK, PRECISION, WIDEN)
     tl.store(target, total, mask=keep)
 
 
@@ -96,19 +103,8 @@ def _scatter_kernel(
     target = y + o[:, None] * cout + columns[None, :]
     keep = real[:, None] & inside[None, :]
     total = tl.load(target, mask=keep, other=0.0)
-    for first in range(0, cin, BK):
-        channel = first + tl.arange(0, BK)
-        known = channel < cin
-        a = tl.load(x + i[:, None] * cin + channel[None, :], mask=real[:, None] & known[None, :], other=0.0)
-        b = tl.load(
-            w + channel[:, None] * stride_in + columns[None, :] * stride_out,
-            mask=known[:, None] & inside[None, :],
-            other=0.0,
-        )
-        if WIDEN:
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
-        total = tl.dot(a, b, total, input_precision=PRECISION)
+    filters = w + columns[None, :] * stride_out
+    total = _multiply_rows(total, x + i * cin, real, filters, inside, cin, stride_in, BK, PRECISION, WIDEN)
     tl.store(target, total, mask=keep)
 
 

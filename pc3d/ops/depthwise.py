@@ -7,14 +7,21 @@ Forward ``Y[o] = sum_k X[i] * w_k``, input gradient ``dX[i] = sum_k dY[o] * w_k`
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pc3d.ops.backend import cpu_kernels
-from pc3d.ops.conv import Plan, accumulation_dtype, conv_plans, operands, pair_runs, planned_for_triton
+from pc3d.ops.conv import (
+    Plan,
+    accumulation_dtype,
+    conv_plans,
+    operands,
+    pair_runs,
+    plain,
+    plan_kernels,
+    planned_for_triton,
+)
 from pc3d.ops.kernel_map import KernelMap
 
 
@@ -61,10 +68,10 @@ def _depthwise(
         from pc3d.ops import depthwise_triton
 
         return depthwise_triton.forward(feat.detach(), weight.detach(), plan, num_out)
-    kernels = _kernels(feat, plan)
+    kernels = plan_kernels(feat, plan)
     if kernels is not None:
         out = feat.new_empty(num_out, feat.shape[1], dtype=torch.float32)
-        kernels.depthwise_forward(_plain(feat), _plain(weight), *plan, out)
+        kernels.depthwise_forward(plain(feat), plain(weight), *plan, out)
         return out.to(feat.dtype)
     out = feat.new_zeros(num_out, feat.shape[1], dtype=accumulation_dtype(feat.dtype))
     for k, (start, end) in enumerate(pair_runs(offsets)):
@@ -81,11 +88,11 @@ def _weight_grad(
         from pc3d.ops import depthwise_triton
 
         return depthwise_triton.weight_grad(feat.detach(), grad.detach(), in_rows, out_rows, plan)
-    kernels = _kernels(feat, plan)
+    kernels = plan_kernels(feat, plan)
     if kernels is not None:
         out = feat.new_empty(len(offsets) - 1, feat.shape[1], dtype=torch.float32)
         pairs = in_rows.contiguous(), out_rows.contiguous()
-        kernels.depthwise_weight_grad(_plain(feat), _plain(grad), *pairs, offsets, out)
+        kernels.depthwise_weight_grad(plain(feat), plain(grad), *pairs, offsets, out)
         return out.to(feat.dtype)
     out = feat.new_zeros(len(offsets) - 1, feat.shape[1], dtype=torch.float64)
     for k, (start, end) in enumerate(pair_runs(offsets)):
@@ -150,11 +157,3 @@ def _saved(ctx: Any) -> tuple[Any, ...]:
 
 _depthwise.register_autograd(_backward, setup_context=_setup)
 _weight_grad.register_autograd(_weight_grad_backward, setup_context=_weight_grad_setup)
-
-
-def _kernels(feat: Tensor, plan: Plan) -> ModuleType | None:
-    return cpu_kernels(feat, *plan) if plan else None
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().float().contiguous()
