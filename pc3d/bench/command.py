@@ -167,7 +167,8 @@ def _run_scenes(args: argparse.Namespace) -> int:
 
 def _run_windows(args: argparse.Namespace) -> int:
     print(", ".join(f"{key} {value}" for key, value in machine().items() if key != "threads"))
-    timings = windows.run(args.cloud or windows.CLOUDS, args.rounds, args.threads or torch.get_num_threads())
+    names = args.engine or list(windows.engines())
+    timings = windows.run(args.cloud or windows.CLOUDS, names, args.rounds, args.threads or torch.get_num_threads())
     _write_json(args.json, {"machine": machine(), "rows": [asdict(timing) for timing in timings]})
     return 0
 
@@ -249,6 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     grouped.add_argument(
         "--cloud", type=_points_and_size, action="append", metavar="POINTS:SIZE", help="generated sweep, may repeat"
     )
+    grouped.add_argument("--engine", choices=list(windows.engines()), action="append", help="may repeat (default: all)")
     grouped.add_argument("--threads", type=_at_least(1), help="threads of torch and of the kernels (default: torch's)")
     grouped.add_argument("--rounds", type=_at_least(1), default=3, help="timed rounds (default 3)")
     grouped.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")

@@ -94,12 +94,12 @@ def softmax_in_padded_windows(qkv: Tensor, borders: Tensor) -> Tensor:
     return out
 
 
-def run(clouds: Sequence[tuple[int, float]], rounds: int, threads: int) -> list[WindowTiming]:
-    """Time every engine on every cloud of so many points and voxels of such an edge."""
+def run(clouds: Sequence[tuple[int, float]], names: Sequence[str], rounds: int, threads: int) -> list[WindowTiming]:
+    """Time the named engines on every cloud of so many points and voxels of such an edge."""
     results = []
     for points, size in clouds:
         borders = windows(points, size)
-        for name in engines():
+        for name in names:
             with get_context("spawn").Pool(1) as pool:
                 figures = pool.apply(_measure, (name, borders.numpy(), rounds, threads))
             counts = borders.diff()

@@ -153,6 +153,17 @@ def test_training_moves_every_parameter() -> None:
         model(clouds([1]))
 
 
+def test_half_precision_follows_single() -> None:
+    model, points = network(neck_units=1), clouds([300, 200])
+    exact = model(points)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = model(points)
+        half.float().square().mean().backward()
+    error = (half.float() - exact).norm() / exact.norm()
+    assert float(error) < 0.05
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+
+
 def test_neck_keeps_the_size_of_odd_maps() -> None:
     neck = CascadeDED(8, units=2, blocks=(2, 1, 1)).eval()
     assert neck(torch.randn(2, 8, 7, 13)).shape == (2, 8, 7, 13)
