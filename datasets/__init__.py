@@ -15,6 +15,7 @@ from pc3d.datasets.shapenet55 import ShapeNet55
 from pc3d.datasets.shapenet_part import ShapeNetPart
 from pc3d.datasets.synthetic_rooms import SyntheticRooms
 from pc3d.datasets.synthetic_shapes import SyntheticShapes
+from pc3d.datasets.synthetic_streets import SyntheticStreets
 from pc3d.datasets.waymo import Waymo
 
 __all__ = [
@@ -34,5 +35,6 @@ __all__ = [
     "ShapeNetPart",
     "SyntheticRooms",
     "SyntheticShapes",
+    "SyntheticStreets",
     "Waymo",
 ]

@@ -3,34 +3,43 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from pc3d.data.dataset import IGNORE, Split
+from pc3d.data.object_database import is_database, write_objects_of
+from pc3d.datasets.kitti_frames import CLASSES, KittiFrames
 from pc3d.datasets.objects import read_list
 from pc3d.datasets.scenes import Scene, SceneDataset
 from pc3d.errors import InputError
 from pc3d.io import read
-from pc3d.io.kitti_object import Calibration, KittiObjects, read_objects
+from pc3d.io.kitti_object import (
+    Calibration,
+    KittiFrame,
+    KittiObjects,
+    difficulty_levels,
+    read_objects,
+)
 from pc3d.ops.boxes import points_in_boxes
 from pc3d.points import Points
 
-CLASSES = ("Car", "Pedestrian", "Cyclist")
+_VERSION = 2  # raise when a frame is read in another way: cached ones are then read again
 _IMAGE = (375, 1242)  # height and width of most frames, where the picture itself is not there
 
 
-class KITTIObject(SceneDataset):
+class KITTIObject(SceneDataset, KittiFrames):
     """LiDAR frames with 3D boxes, 3712 / 3769 / 7518 (Geiger et al., CVPR 2012).
 
     ``{training,testing}/{velodyne,calib,label_2}`` with ``ImageSets/{train,val,test}.txt`` beside them; without
     ``ImageSets`` all training frames are trained, validated and tested on, with one warning. Attributes: ``strength``,
     ``segment`` (the class whose box a point lies in, -1 outside) and ``instance`` (number of the box). ``meta`` holds
-    ``boxes`` (list of ``x y z dx dy dz heading`` in the LiDAR frame, centre and size in metres), ``box_names``, and
-    ``plane`` (a, b, c, d of the ground in the camera frame) where ``planes/`` has it. Of ``image_2`` only the size is
-    read.
+    ``boxes`` (list of ``x y z dx dy dz heading`` in the LiDAR frame, centre and size in metres), ``box_names``,
+    ``plane`` (a, b, c, d of the ground in the camera frame) where ``planes/`` has it, and ``kitti``: calibration, size
+    of the image and labels as the files have them (:class:`~pc3d.io.kitti_object.KittiFrame`). Of ``image_2`` only the
+    size is read. ``pc3d prepare`` writes the training objects, for :class:`~pc3d.data.transforms.PasteObjects`.
 
     Args:
         root: folder that holds ``training``.
@@ -68,26 +77,50 @@ class KITTIObject(SceneDataset):
     def files(self, scene: Scene) -> Iterable[Path]:
         assert scene.raw is not None
         folder, name = scene.raw.parent.parent, scene.raw.stem
-        return [scene.raw, folder / "calib" / f"{name}.txt", folder / "label_2" / f"{name}.txt"]
+        places = {"calib": "txt", "label_2": "txt", "image_2": "png", "planes": "txt"}
+        return [scene.raw, *(folder / kind / f"{name}.{suffix}" for kind, suffix in places.items())]
+
+    def fingerprint(self, split: Split, index: int) -> str:
+        return f"{super().fingerprint(split, index)} {_VERSION}"
+
+    def finish(self, out: Path) -> None:
+        """Write the objects of the training frames to ``out/objects``, if they are not there."""
+        if is_database(out / "objects"):
+            return
+        whole = KITTIObject(str(self.root), in_view=False)
+
+        def frames() -> Iterator[tuple[Points, list[int]]]:
+            for index in range(whole.size("train")):
+                labels = KittiFrame.of((cloud := whole.load("train", index)).meta[0]).labels
+                assert labels is not None
+                kept = labels.take(np.array([name != "DontCare" for name in labels.names], dtype=bool))
+                yield cloud, difficulty_levels(kept).tolist()
+
+        write_objects_of(out / "objects", frames())
 
     def calibration(self, scene: Scene) -> Calibration:
-        _, calibration, _ = self.files(scene)
+        _, calibration, *_ = self.files(scene)
         return Calibration.read(calibration)
+
+    def labels(self, split: Split, index: int) -> KittiObjects | None:
+        return self.objects(self.scenes(split)[index])
 
     def objects(self, scene: Scene) -> KittiObjects | None:
         """The labels of a frame; None for frames of the test set."""
-        _, _, labels = self.files(scene)
+        _, _, labels, *_ = self.files(scene)
         return None if scene.place.startswith("testing/") else read_objects(labels)
 
     def load_raw(self, scene: Scene) -> Points:
         assert scene.raw is not None
         points = read(scene.raw, columns=4)
-        calibration, objects = self.calibration(scene), self.objects(scene)
+        *_, picture, plane = self.files(scene)
+        calibration, objects, size = self.calibration(scene), self.objects(scene), image_size(picture)
+        frame = KittiFrame(calibration, size, objects)
         if self.in_view:
-            size = image_size(scene.raw.parent.parent / "image_2" / f"{scene.raw.stem}.png")
             seen = calibration.in_view(points.coord.double().numpy(), *size)
             points = points.select(torch.from_numpy(seen).nonzero()[:, 0])
         meta = dict(points.meta[0])
+        meta["kitti"] = frame.to_plain()
         labelled = self.background and objects is not None
         segment = torch.full((points.num_points,), len(CLASSES) if labelled else IGNORE)
         instance = torch.full_like(segment, IGNORE)
@@ -99,7 +132,6 @@ class KITTIObject(SceneDataset):
             for number, name in enumerate(objects.names):
                 instance[inside[:, number]] = number
                 segment[inside[:, number]] = CLASSES.index(name) if name in CLASSES else IGNORE
-        plane = scene.raw.parent.parent / "planes" / f"{scene.raw.stem}.txt"
         if plane.is_file():
             meta["plane"] = read_plane(plane)
         return points.with_attrs(segment=segment, instance=instance).replace(meta=[meta])

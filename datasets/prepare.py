@@ -170,6 +170,7 @@ def _sum_up(dataset: SceneDataset, out: Path, unique: dict[str, tuple[Split, int
         result.scenes[split] = [len(stats), len(places)]
     if any(done < there for done, there in result.scenes.values()):
         return
+    dataset.finish(out)
     content = {"class_names": result.class_names, **{k: getattr(result, k) for k in ("scenes", "points", "classes")}}
     with atomic_write(out / SUMMARY) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n")

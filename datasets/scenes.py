@@ -129,6 +129,9 @@ class SceneDataset(PointDataset):
             InputError: if a file is missing or damaged, or files do not fit each other.
         """
 
+    def finish(self, out: Path) -> None:
+        """What else preparation writes below ``out`` when every scene is done."""
+
     def files(self, scene: Scene) -> Iterable[Path]:
         """The files that a scene is made from."""
         folder = self.prepared_folder(scene) if scene.raw is None else scene.raw

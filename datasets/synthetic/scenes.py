@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,8 @@ from pc3d.datasets.s3dis import CLASSES as S3DIS_CLASSES
 from pc3d.datasets.scenes import write_prepared
 from pc3d.datasets.semantic_kitti import SemanticKITTI
 from pc3d.datasets.synthetic_rooms import SyntheticRooms
-from pc3d.io.kitti_object import Calibration, KittiObjects, write_objects
+from pc3d.datasets.synthetic_streets import CALIBRATION, SyntheticStreets, label
+from pc3d.io.kitti_object import write_objects
 from pc3d.io.labels import write_labels
 from pc3d.points import Points
 
@@ -128,51 +128,42 @@ def semantic_kitti(root: Path, seed: int = 0) -> None:
                 write_labels(folder / "labels" / f"{number:06d}.label", labels, cloud.get("instance") + 1)
 
 
-def kitti_object(root: Path, seed: int = 0) -> None:
-    """Two training frames, one to validate and one to test on, with calibration, labels of the cars and lists."""
+def kitti_object(root: Path, seed: int = 0, frames: Mapping[str, int] | None = None) -> None:
+    """Frames of :class:`~pc3d.datasets.SyntheticStreets` with calibration, labels and lists.
+
+    Args:
+        frames: of every split; by default two to train, one to validate and one to test on.
+    """
+    data = SyntheticStreets(seed=seed)
     calibration = {
         "P0": "721.5 0 609.6 0 0 721.5 172.9 0 0 0 1 0",
         "P1": "721.5 0 609.6 -387.6 0 721.5 172.9 0 0 0 1 0",
-        "P2": "721.5 0 609.6 44.86 0 721.5 172.9 0.2164 0 0 1 0.002746",
+        "P2": _numbers(CALIBRATION.p2),
         "P3": "721.5 0 609.6 -339.5 0 721.5 172.9 2.2 0 0 1 0.00273",
-        "R0_rect": "1 0 0 0 1 0 0 0 1",
-        "Tr_velo_to_cam": "0 -1 0 0 0 0 -1 -0.08 1 0 0 -0.27",
+        "R0_rect": _numbers(CALIBRATION.r0),
+        "Tr_velo_to_cam": _numbers(CALIBRATION.velo_to_cam),
         "Tr_imu_to_velo": "1 0 0 0 0 1 0 0 0 0 1 0",
     }
     text = "".join(f"{name}: {values}\n" for name, values in calibration.items())
-    names = {"train": ["000000", "000001"], "val": ["000002"], "test": ["000000"]}
-    for number, (split, name) in enumerate((split, name) for split, own in names.items() for name in own):
+    start = {"training": 0, "testing": 0}
+    for split, count in (frames or {"train": 2, "val": 1, "test": 1}).items():
         folder = root / ("testing" if split == "test" else "training")
-        cloud = street(seed + 300 + number)
-        rows = torch.cat([cloud.coord, cloud.get("strength")], 1).numpy().astype("<f4")
-        _write(folder / "velodyne" / f"{name}.bin", rows.tobytes())
-        _write(folder / "calib" / f"{name}.txt", text.encode())
-        if split != "test":
-            write_objects(
-                _made(folder / "label_2") / f"{name}.txt",
-                _cars(cloud, Calibration.read(folder / "calib" / f"{name}.txt")),
-            )
-    for split, own in names.items():
-        _write(root / "ImageSets" / f"{split}.txt", ("\n".join(own) + "\n").encode())
+        first = start[folder.name]
+        start[folder.name] += count
+        names = [f"{first + i:06d}" for i in range(count)]
+        for i, name in enumerate(names):
+            scan = data.scan(split, i)  # type: ignore[arg-type]
+            rows = np.column_stack([scan.coord, scan.strength]).astype("<f4")
+            _write(folder / "velodyne" / f"{name}.bin", rows.tobytes())
+            _write(folder / "calib" / f"{name}.txt", text.encode())
+            if split != "test":
+                (folder / "label_2").mkdir(exist_ok=True)
+                write_objects(folder / "label_2" / f"{name}.txt", label(scan))
+        _write(root / "ImageSets" / f"{split}.txt", "".join(f"{name}\n" for name in names).encode())
 
 
-def _cars(cloud: Points, calibration: Calibration) -> KittiObjects:
-    """Boxes around the cars of a street that the camera sees."""
-    boxes = []
-    for car in range(3):
-        own = cloud.coord[cloud.get("instance") == car].double().numpy()
-        low, high = own.min(0), own.max(0)
-        if low[0] > 4 and calibration.in_view((low + high)[None] / 2, 375, 1242)[0]:
-            boxes.append([*((low + high) / 2), *(high - low + 0.02), 0.0])
-    made = np.array(boxes).reshape(-1, 7)
-    objects = calibration.results(made, ["Car"] * len(made), np.ones(len(made)), 375, 1242)
-    zeros = np.zeros(len(made))
-    return replace(objects, truncated=zeros, occluded=zeros, scores=None)
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _numbers(matrix: np.ndarray) -> str:
+    return " ".join(f"{value:.12e}" for value in matrix.reshape(-1))
 
 
 def nuscenes(root: Path, seed: int = 0) -> None:

@@ -31,7 +31,7 @@ tuned from (--base) and its bank (--bank). To .pth, a checkpoint of this package
 def main(arguments: list[str]) -> int:
     parser = Parser(
         "convert",
-        "Convert checkpoints of Pointcept, Sonata, Utonia, LitePT, ConDaFormer, E-3DSNN, flemme, Point-MAE and kin.",
+        "Convert checkpoints of Pointcept, OpenPCDet, Sonata, LitePT, ConDaFormer, E-3DSNN, flemme, Point-MAE and kin.",
         EXAMPLES,
     )
     parser.add_argument("input", metavar="INPUT", help="a published .pth; or a checkpoint of this package to go back")
@@ -111,14 +111,22 @@ def _load(
     from pc3d.models.convert import (
         import_condaformer,
         import_e3dsnn,
+        import_openpcdet,
         import_point_ssm,
         import_point_vit,
         import_pointcept,
         import_pretraining,
         import_sparse_unet,
     )
-    from pc3d.tasks import Pretraining
+    from pc3d.tasks import Detection, Pretraining
 
+    if isinstance(task, Detection):
+        with_head = any(name.startswith("dense_head.") for name in state)
+        try:
+            found = import_openpcdet(state, task.backbone, task.head if with_head else None, _layout(layout_name))
+            return found, with_head
+        except InputError as error:
+            raise InputError(str(error).replace("checkpoint:", f"{source}:", 1)) from None
     published = {"seg_head.", "final.", "classifier.", "decoder.final.", "cls_head_finetune.", "convs3.", "convs3_cls."}
     names = [name.removeprefix("module.").removeprefix("backbone.") for name in state]
     if any(name.startswith("embedding_table.") for name in names):

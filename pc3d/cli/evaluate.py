@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
     from pc3d.cli.runs import Run
     from pc3d.cli.scoring import clouds_of, evaluate_boxes, evaluate_points
     from pc3d.data.dataset import SPLITS
-    from pc3d.datasets import KITTIObject
+    from pc3d.datasets.kitti_frames import KittiFrames
     from pc3d.io import atomic_write
 
     folder = Path(options.predictions)
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
     clouds = list(clouds_of(data.dataset, splits))
     if not clouds:
         raise InputError(f"{data.dataset.root}: the {options.split} split has no clouds")
-    if isinstance(data.dataset, KITTIObject):
+    if isinstance(data.dataset, KittiFrames):
         figures, tables = evaluate_boxes(data.dataset, clouds, folder)
     else:
         figures, tables = evaluate_points(data.dataset, experiment.model, clouds, folder)

@@ -24,10 +24,13 @@ EXAMPLES = """\
   pc3d predict objects/ --ckpt classifier.ckpt -o classes.csv
   pc3d predict chair.ply --ckpt parts.ckpt -o chair_parts.ply --category Chair
   pc3d predict partial.ply --ckpt completion.ckpt -o whole.ply
+  pc3d predict training/velodyne/ --ckpt detector.ckpt -o results/ --format txt
 
 LAS and LAZ get 'classification' (the codes of the training files) and 'confidence'; header, coordinate system, point
 order and all other fields stay as they are. Other formats get 'label', 'confidence' and colours by label. A classifier
-writes a table with one line per cloud, a completion the points of the whole shape."""
+writes a table with one line per cloud, a completion the points of the whole shape. A detector writes its boxes as .json
+or .txt (result files of KITTI, with the calibration beside the scan or --calib) or .png (seen from above); to other
+formats the points with the class of the box around them."""
 
 
 def main(arguments: list[str]) -> int:
@@ -37,8 +40,9 @@ def main(arguments: list[str]) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from pc3d.cli.predict_boxes import SUFFIXES, detect_file
     from pc3d.cli.predict_objects import ClassTable, complete_file, refuse_foreign_options
-    from pc3d.tasks import Classification, Completion, Pretraining, load_task
+    from pc3d.tasks import Classification, Completion, Detection, Pretraining, load_task
 
     inputs, output = [Path(name) for name in options.inputs], Path(options.output)
     found = find_inputs(inputs)
@@ -47,7 +51,8 @@ def main(arguments: list[str]) -> int:
         raise InputError(f"{options.ckpt}: is pre-trained only; fine-tune it: pc3d train --init_from {options.ckpt}")
     refuse_foreign_options(task, options, _parser())
     table = ClassTable(output, task, options.probabilities) if isinstance(task, Classification) else None
-    jobs = [(source, output) for source, _ in found] if table else plan_jobs(inputs, output, options.format)
+    more = SUFFIXES if isinstance(task, Detection) else (".label",)
+    jobs = [(source, output) for source, _ in found] if table else plan_jobs(inputs, output, options.format, more)
     task.to(_device(options.device, torch))
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
     console = Console()
@@ -61,6 +66,8 @@ def main(arguments: list[str]) -> int:
                     line = table.add(source, pipeline, options)
                 elif isinstance(task, Completion):
                     line = complete_file(source, target, task, pipeline, options)
+                elif isinstance(task, Detection):
+                    line = detect_file(source, target, task, pipeline, options)
                 else:
                     line = predict_file(source, target, task, pipeline, card, options)
             except InputError as error:
@@ -99,6 +106,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--tile", type=float, metavar="METRES", help="cut large clouds into square tiles")
     parser.add_argument("--category", metavar="NAME", help="what the objects are, for models that ask for it")
+    parser.add_argument("--calib", metavar="FILE", help="calibration of KITTI's form, for detectors")
     parser.add_argument("--columns", metavar="NAMES", help="columns of .bin, .npy and text files: x,y,z,intensity")
     parser.add_argument("--invalid", choices=["error", "drop"], help="points without finite coordinates")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1")
@@ -109,15 +117,20 @@ def _parser() -> Parser:
 # What to read and where to write ------------------------------------------------------------------------------------
 
 
-def plan_jobs(inputs: Sequence[Path], output: Path, suffix: str | None) -> list[tuple[Path, Path]]:
+def plan_jobs(
+    inputs: Sequence[Path], output: Path, suffix: str | None, more: tuple[str, ...] = (".label",)
+) -> list[tuple[Path, Path]]:
     """Pairs of source and target file; below a folder the targets keep the sources' sub-folders.
+
+    Args:
+        more: suffixes that can be written besides those of clouds.
 
     Raises:
         InputError: for missing inputs, formats that cannot be written, and targets that are inputs or collide.
     """
     from pc3d.io import WRITABLE
 
-    writable = (*WRITABLE, ".label")
+    writable = tuple(dict.fromkeys((*WRITABLE, *more)))
     wanted = None if suffix is None else "." + suffix.lower().lstrip(".")
     if wanted is not None and wanted not in writable:
         raise InputError(f"--format {suffix}: cannot be written (formats: {' '.join(s[1:] for s in writable)})")

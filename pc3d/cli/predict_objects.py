@@ -16,12 +16,13 @@ from pc3d.errors import InputError
 from pc3d.io import read, write
 from pc3d.io.atomic import atomic_write
 from pc3d.points import Points
-from pc3d.tasks import Classification, Completion, PartSegmentation, PointTask, classify, complete
+from pc3d.tasks import Classification, Completion, Detection, PartSegmentation, PointTask, classify, complete
 from pc3d.tasks.augmentations import augmentation_passes
 
 _FOREIGN: dict[type[PointTask], tuple[str, ...]] = {
     Classification: ("format", "keep_colors", "mode", "tile"),
     Completion: ("probabilities", "keep_colors", "mode", "tile", "tta"),
+    Detection: ("probabilities", "mode", "tile", "tta"),
 }
 
 
@@ -31,6 +32,8 @@ def refuse_foreign_options(task: PointTask, options: argparse.Namespace, parser:
     for name in names:
         if getattr(options, name) != parser.get_default(name):
             raise InputError(f"--{name}: of no use, the checkpoint is a {type(task).__name__}")
+    if options.calib is not None and not isinstance(task, Detection):
+        raise InputError("--calib: of no use, the checkpoint's model finds no boxes")
     if options.category is not None and not _categories(task):
         raise InputError("--category: of no use, the checkpoint's model does not ask for one")
 

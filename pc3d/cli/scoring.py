@@ -13,8 +13,8 @@ from rich.progress import track
 from rich.table import Table
 
 from pc3d.data.dataset import PointDataset, Split
-from pc3d.datasets import KITTIObject, SemanticKITTI
-from pc3d.datasets.kitti_object import CLASSES
+from pc3d.datasets import SemanticKITTI
+from pc3d.datasets.kitti_frames import CLASSES, KittiFrames
 from pc3d.errors import InputError
 from pc3d.io.kitti_object import read_objects
 from pc3d.metrics import (
@@ -113,15 +113,14 @@ def _panoptic(metric: PanopticQuality, names: list[str], figures: Figures) -> Ta
     return value_table(title, names, torch.ones(len(names), dtype=torch.int64), columns, means)
 
 
-def evaluate_boxes(dataset: KITTIObject, clouds: list[tuple[Split, int]], folder: Path) -> tuple[Figures, list[Table]]:
+def evaluate_boxes(dataset: KittiFrames, clouds: list[tuple[Split, int]], folder: Path) -> tuple[Figures, list[Table]]:
     """KITTI AP, 40 and 11 recall positions, of label files with scores."""
     truth, found = [], []
     for split, index in clouds:
-        scene = dataset.scenes(split)[index]
-        objects = dataset.objects(scene)
+        objects, name = dataset.labels(split, index), dataset.name(split, index)
         if objects is None:
-            raise InputError(f"{dataset.root}: frame {scene.name} of {split} has no public labels")
-        boxes = read_objects(path := folder / f"{scene.name}.txt")
+            raise InputError(f"{dataset.root}: frame {name} of {split} has no public labels")
+        boxes = read_objects(path := folder / f"{name}.txt")
         if len(boxes) and boxes.scores is None:
             raise InputError(f"{path}: has 15 columns; a result has a score in a 16th")
         truth.append(objects)

@@ -10,6 +10,7 @@ from pc3d.errors import InputError
 EXAMPLES = """\
   pc3d view scan.laz
   pc3d view labelled.ply --color label
+  pc3d view 000001.bin --boxes 000001.json
   pc3d view scan.laz --color intensity --screenshot scan.png --size 1600x1200
 
 In the window: L labels, C colours, H height, N next field, + and - point size, R reset the view, Q quit.
@@ -22,6 +23,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--color", default="auto", help="label, rgb, height, or the name of any field of the file")
     parser.add_argument("--label_field", metavar="NAME", help="field that holds the labels")
     parser.add_argument("--ckpt", metavar="FILE", help="take class colours and label codes from this checkpoint")
+    parser.add_argument("--boxes", metavar="JSON", help="draw the boxes that pc3d predict wrote")
     parser.add_argument("--screenshot", metavar="PNG", help="write a picture instead of opening a window")
     parser.add_argument("--size", default="1200x900", metavar="WxH", help="of the picture, default 1200x900")
     parser.add_argument("--renderer", choices=["software", "open3d"], default="software", help="of the picture")
@@ -31,15 +33,19 @@ def main(arguments: list[str]) -> int:
     from pc3d.cli.export import class_numbers
     from pc3d.io import read
     from pc3d.viz import open3d
+    from pc3d.viz.boxes import read_boxes, with_edges
     from pc3d.viz.colors import label_field, point_colors
     from pc3d.viz.render import render, save_png
 
     points = read(options.file, invalid="drop")
     points, palette = class_numbers(points, options.label_field or label_field(points), options.ckpt)
-    colors = point_colors(points, options.color, palette)
+    boxes = None if options.boxes is None else read_boxes(options.boxes)
     if options.screenshot is None:
-        open3d.show(points, options.color, palette)
+        open3d.show(points, options.color, palette, boxes)
         return 0
+    colors = point_colors(points, options.color, palette)
+    if boxes is not None:
+        points, colors = with_edges(points, colors, boxes)
     path = Path(options.screenshot)
     if path.suffix.lower() != ".png":
         raise InputError(f"{path}: pictures are written as .png")

@@ -26,6 +26,7 @@ from pc3d.points import Points
 
 Sample = tuple[Draw, Points]
 
+_MOST_REDRAWS = 100  # of a sample without boxes, where nearly all are
 _SPLITS_OF: dict[TrainerFn | None, tuple[Split, ...]] = {
     TrainerFn.FITTING: ("train", "val"),
     TrainerFn.VALIDATING: ("val",),
@@ -50,6 +51,7 @@ class PointDataModule(pl.LightningDataModule):
         val_batch_size: clouds per validation batch and device.
         num_workers: loader processes per device; 0 loads in the training process.
         repeat: passes over the training clouds per epoch, each in a new order.
+        redraw_empty: replace training samples that show no box of a class, after augmentation, by other random ones.
         balance: how often each training cloud is drawn, in as many draws per epoch: None all alike; ``classes`` as if
             a class were chosen at random, then one of its points and the cloud it is in; ``points`` by its number of
             points, for crops to come from everywhere alike; ``scenes`` as if a scene were chosen, then a scan of it.
@@ -69,6 +71,7 @@ class PointDataModule(pl.LightningDataModule):
         val_batch_size: int = 1,
         num_workers: int = 0,
         repeat: int = 1,
+        redraw_empty: bool = False,
         balance: Balance | None = None,
         mix3d: float = 0.0,
         seed: int | None = None,
@@ -96,6 +99,7 @@ class PointDataModule(pl.LightningDataModule):
         self.val_batch_size = val_batch_size
         self.num_workers = num_workers
         self.repeat = repeat
+        self.redraw_empty = redraw_empty
         self.balance = balance
         self.mix3d = mix3d
         self.test_split = test_split
@@ -169,7 +173,8 @@ class PointDataModule(pl.LightningDataModule):
         Raises:
             InputError: if the split has no clouds.
         """
-        samples = CloudSamples(self.dataset, self.pipeline, split, self.seed, self.cache, self.stored_split(split))
+        stored, redraw = self.stored_split(split), self.redraw_empty and split == "train"
+        samples = CloudSamples(self.dataset, self.pipeline, split, self.seed, self.cache, stored, redraw)
         if not len(samples):
             kind = type(self.dataset).__name__
             raise InputError(f"{kind}: the {samples.stored} split has no clouds (root: {self.dataset.root})")
@@ -261,6 +266,7 @@ class CloudSamples(Dataset[Sample]):
     Args:
         split: what is made of the clouds: training samples, validation samples, or raw clouds to test.
         stored: the split of the data set that they are; the same by default.
+        redraw_empty: of training samples, replace those without a box of a class by others.
     """
 
     def __init__(
@@ -271,8 +277,10 @@ class CloudSamples(Dataset[Sample]):
         seed: int = 0,
         cache: CloudCache | None = None,
         stored: Split | None = None,
+        redraw_empty: bool = False,
     ) -> None:
         self.dataset = dataset
+        self.redraw_empty = redraw_empty
         self.split = split
         self.stored = split if stored is None else stored
         self.seed = seed
@@ -295,7 +303,14 @@ class CloudSamples(Dataset[Sample]):
             return cloud
         if self.split == "val":
             return _checked(self.pipeline.evaluate(cloud, generator=generator_of(self.seed, "select", draw.cloud)))
-        return _checked(self.pipeline.train(cloud, generator_of(self.seed, "augment", draw.epoch, draw.position)))
+        generator = generator_of(self.seed, "augment", draw.epoch, draw.position)
+        sample = self.pipeline.train(cloud, generator)
+        for _ in range(_MOST_REDRAWS if self.redraw_empty else 0):
+            if set(sample.meta[0].get("box_names", ())) & set(self.dataset.class_names):
+                break
+            other = int(torch.randint(len(self), (1,), generator=generator))
+            sample = self.pipeline.train(self.cloud(other), generator)
+        return _checked(sample)
 
     def cloud(self, index: int) -> Points:
         """The prepared cloud, from the cache if there is one."""

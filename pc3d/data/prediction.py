@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pc3d.data.boxes import Boxes
 from pc3d.errors import InputError
 from pc3d.io.atomic import atomic_write
 from pc3d.io.numpy_arrays import load_npz
@@ -25,10 +26,12 @@ class Prediction:
     Attributes:
         segment: ``(N,)`` int64 class, -1 for none.
         instances: of the same points, if the model finds instances.
+        boxes: of the cloud, if the model finds boxes.
     """
 
     segment: Tensor
     instances: Instances | None = None
+    boxes: Boxes | None = None
 
 
 def write_prediction(path: Path, prediction: Prediction) -> Path:

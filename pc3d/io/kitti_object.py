@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,25 @@ class KittiObjects:
     def __len__(self) -> int:
         return len(self.names)
 
-    def take(self, kept: NDArray[np.bool_]) -> KittiObjects:
-        """The objects of a boolean mask."""
+    def take(self, kept: NDArray[np.bool_] | NDArray[np.int64]) -> KittiObjects:
+        """The objects of a boolean mask or an index."""
         arrays: dict[str, Any] = {k: v[kept] for k, v in vars(self).items() if isinstance(v, np.ndarray)}
-        names = [name for name, keep in zip(self.names, kept, strict=True) if keep]
+        names = [self.names[i] for i in np.arange(len(self))[kept]]
         return KittiObjects(names, **arrays)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Lists of numbers and names, as :meth:`from_plain` takes them."""
+        return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(self).items()}
+
+    @staticmethod
+    def from_plain(plain: Mapping[str, Any]) -> KittiObjects:
+        widths = {"bbox": 4, "dimensions": 3, "location": 3}
+        arrays = {
+            name: np.array(values, np.float64).reshape(len(plain["names"]), *([widths[name]] if name in widths else []))
+            for name, values in plain.items()
+            if name != "names" and values is not None
+        }
+        return KittiObjects(list(plain["names"]), **arrays)
 
 
 def read_objects(path: str | Path) -> KittiObjects:
@@ -102,6 +116,19 @@ def write_objects(path: str | Path, objects: KittiObjects) -> Path:
     return Path(path)
 
 
+def difficulty_levels(objects: KittiObjects) -> NDArray[np.int64]:
+    """``(N,)`` 0 easy, 1 moderate, 2 hard, -1 harder, as chosen objects to paste.
+
+    Heights count the last row of pixels and limits belong to a level, other than in the evaluation.
+    """
+    height = objects.bbox[:, 3] - objects.bbox[:, 1] + 1
+    levels = np.full(len(objects), -1)
+    for level, (least, truncated, occluded) in reversed(list(enumerate(((40, 0.15, 0), (25, 0.3, 1), (25, 0.5, 2))))):
+        fits = (height >= least) & (objects.truncated <= truncated) & (objects.occluded <= occluded)
+        levels[fits] = level
+    return levels
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Camera 2 of a frame: ``p2`` (3, 4) projection, ``r0`` (3, 3) rectification, ``velo_to_cam`` (3, 4)."""
@@ -126,6 +153,14 @@ class Calibration:
             except (KeyError, ValueError) as error:
                 raise InputError(f"{path}: field '{name}' is missing or not {math.prod(shape)} numbers") from error
         return Calibration(*matrices)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Lists of numbers, as :meth:`from_plain` takes them."""
+        return {name: matrix.tolist() for name, matrix in vars(self).items()}
+
+    @staticmethod
+    def from_plain(plain: Mapping[str, Any]) -> Calibration:
+        return Calibration(**{name: np.array(matrix, np.float64) for name, matrix in plain.items()})
 
     def _rectified(self) -> Array:
         """``(4, 4)`` from LiDAR to rectified camera coordinates."""
@@ -152,6 +187,13 @@ class Calibration:
         pixel, depth = self.to_image(self.to_camera(lidar))
         u, v = pixel.T
         return (u >= 0) & (u < width) & (v >= 0) & (v < height) & (depth >= 0)
+
+    def ground_height(self, coord: Array, plane: Sequence[float]) -> Array:
+        """``(N,)`` z in the LiDAR frame of the ground ``a x + b y + c z + d = 0`` (camera frame) below LiDAR points."""
+        a, b, c, d = plane
+        camera = self.to_camera(coord)
+        camera[:, 1] = (-d - a * camera[:, 0] - c * camera[:, 2]) / b
+        return self.to_lidar(camera)[:, 2]
 
     def boxes_to_lidar(self, objects: KittiObjects) -> Array:
         """``(N, 7)`` LiDAR boxes ``x y z`` (centre) ``dx dy dz heading`` of camera objects."""
@@ -182,6 +224,41 @@ class Calibration:
         pixel, _ = self.to_image(corners.reshape(-1, 3))
         pixel = pixel.reshape(-1, 8, 2)
         return np.concatenate([pixel.min(1), pixel.max(1)], 1)
+
+
+@dataclass(frozen=True)
+class KittiFrame:
+    """What the files of a frame say besides its points; travels in ``meta["kitti"]`` of its cloud.
+
+    Attributes:
+        calibration: between LiDAR and camera.
+        image_size: height and width in pixels.
+        labels: None of test frames.
+    """
+
+    calibration: Calibration
+    image_size: tuple[int, int]
+    labels: KittiObjects | None
+
+    def to_plain(self) -> dict[str, Any]:
+        """What :meth:`of` finds in ``meta["kitti"]``."""
+        labels = None if self.labels is None else self.labels.to_plain()
+        return {"calibration": self.calibration.to_plain(), "image_size": list(self.image_size), "labels": labels}
+
+    @staticmethod
+    def of(meta: Mapping[str, Any]) -> KittiFrame:
+        """From the ``meta`` of a cloud.
+
+        Raises:
+            InputError: if the cloud is no frame of KITTI's.
+        """
+        plain = meta.get("kitti")
+        if plain is None:
+            name = meta.get("path") or meta.get("name") or "point cloud"
+            raise InputError(f"{name}: has no calibration: results of KITTI need frames of KITTIObject")
+        labels = None if plain["labels"] is None else KittiObjects.from_plain(plain["labels"])
+        height, width = plain["image_size"]
+        return KittiFrame(Calibration.from_plain(plain["calibration"]), (height, width), labels)
 
 
 def camera_corners(location: Array, dimensions: Array, rotation_y: Array) -> Array:

@@ -9,7 +9,9 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torchmetrics
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pc3d.io.kitti_object import KittiObjects
 from pc3d.ops.boxes import rectangle_intersection
@@ -233,3 +235,58 @@ def _image_intersection(a: Floats, b: Floats) -> tuple[Floats, Floats, Floats]:
     low, high = np.maximum(a[:, None, :2], b[None, :, :2]), np.minimum(a[:, None, 2:], b[None, :, 2:])
     shared = np.prod(np.maximum(high - low, 0), axis=2)
     return shared, np.prod(a[:, 2:] - a[:, :2], axis=1)[:, None], np.prod(b[:, 2:] - b[:, :2], axis=1)
+
+
+_OTHER, _DONT_CARE = "other", "DontCare"
+_COLUMNS = ("truncated", "occluded", "alpha", "bbox", "dimensions", "location", "rotation_y")
+
+
+class KittiMetrics(torchmetrics.Metric):
+    """:func:`kitti_ap` over the frames of an epoch, gathered from all processes.
+
+    Args:
+        class_names: to evaluate.
+    """
+
+    full_state_update = False
+    truth: list[Tensor]
+    found: list[Tensor]
+
+    def __init__(self, class_names: Sequence[str]) -> None:
+        super().__init__()
+        self.class_names = list(class_names)
+        self.names = [*class_names, "Van", "Person_sitting", _DONT_CARE, _OTHER]  # all that the evaluation tells apart
+        self.add_state("truth", [], dist_reduce_fx="cat")
+        self.add_state("found", [], dist_reduce_fx="cat")
+
+    def update(self, truth: KittiObjects, found: KittiObjects) -> None:
+        """Add a frame."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
+        frame = len(self.truth) * world + rank
+        self.truth.append(self._rows(truth, frame))
+        self.found.append(self._rows(found, frame))
+
+    def _rows(self, objects: KittiObjects, frame: int) -> Tensor:
+        """``(N, 17)`` float64: frame, name, the columns of a label file, score."""
+        names = [self.names.index(name if name in self.names else _OTHER) for name in objects.names]
+        scores = np.zeros(len(objects)) if objects.scores is None else objects.scores
+        values = [getattr(objects, name) for name in _COLUMNS]
+        rows = np.column_stack([np.full(len(names), float(frame)), np.array(names, np.float64), *values, scores])
+        return torch.from_numpy(rows).to(self.device)
+
+    def compute(self) -> KittiScores:
+        """Raises ValueError if there were no frames."""
+        truth, found = (self._table(rows) for rows in (self.truth, self.found))
+        frames = np.unique(np.concatenate([truth[:, 0], found[:, 0]]))
+        ours, theirs = ([self._objects(rows[rows[:, 0] == frame]) for frame in frames] for rows in (truth, found))
+        return kitti_ap(ours, theirs, self.class_names)
+
+    def _table(self, rows: Tensor | list[Tensor]) -> Floats:
+        joined = torch.cat(rows) if isinstance(rows, list) else rows  # gathered states are joined already
+        return joined.cpu().numpy()
+
+    def _objects(self, rows: Floats) -> KittiObjects:
+        columns = np.split(rows, [1, 2, 3, 4, 5, 9, 12, 15, 16], axis=1)[2:]
+        shaped = [column if column.shape[1] > 1 else column[:, 0] for column in columns]
+        return KittiObjects([self.names[int(number)] for number in rows[:, 1]], *shaped)

@@ -12,7 +12,8 @@ from pc3d.tasks.checkpoint import (
 )
 from pc3d.tasks.classification import Classification, classify
 from pc3d.tasks.completion import Completion, complete
-from pc3d.tasks.heads import CompletionHead, InstanceHead, InstanceOutput, LinearHead, SegmentationHead
+from pc3d.tasks.detection import Detection, detect
+from pc3d.tasks.heads import CompletionHead, DetectionHead, InstanceHead, InstanceOutput, LinearHead, SegmentationHead
 from pc3d.tasks.inference import labels_of, predict_cloud
 from pc3d.tasks.instances import InstanceSegmentation
 from pc3d.tasks.optim import OptimizerConfig, ParameterGroup, ScheduleConfig
@@ -24,6 +25,8 @@ __all__ = [
     "Classification",
     "Completion",
     "CompletionHead",
+    "Detection",
+    "DetectionHead",
     "InstanceHead",
     "InstanceOutput",
     "InstanceSegmentation",
@@ -43,6 +46,7 @@ __all__ = [
     "check_card",
     "classify",
     "complete",
+    "detect",
     "init_weights",
     "labels_of",
     "load_task",

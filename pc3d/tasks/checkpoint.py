@@ -182,7 +182,7 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> dict[str, Any]:
         raise InputError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint with a state_dict")
     if "state_dict" not in checkpoint and checkpoint and all(isinstance(v, Tensor) for v in checkpoint.values()):
         checkpoint = {"state_dict": checkpoint}
-    for other in ("base_model", "model_state_dict", "model"):  # what published files of objects call it
+    for other in ("base_model", "model_state_dict", "model_state", "model"):  # what other code bases call it
         if "state_dict" not in checkpoint and isinstance(checkpoint.get(other), dict):
             checkpoint = {**checkpoint, "state_dict": checkpoint[other]}
     if "state_dict" not in checkpoint:

@@ -130,13 +130,18 @@ def save_picture_grid(
 
 
 def save_bird_eye_view(
-    path: str | Path, points: Points, boxes: Sequence[Sequence[float]], names: Sequence[str] | None = None
+    path: str | Path,
+    points: Points,
+    boxes: Sequence[Sequence[float]],
+    names: Sequence[str] | None = None,
+    truth: Sequence[Sequence[float]] = (),
 ) -> Path:
     """Write one LiDAR cloud from above with oriented boxes; a line marks their front.
 
     Args:
-        boxes: ``x, y, z, dx, dy, dz, heading`` of each box.
+        boxes: ``x, y, z, dx, dy, dz, heading`` of each box; red.
         names: a label per box.
+        truth: true boxes, below the others; green.
 
     Raises:
         InputError: if matplotlib is missing or the file cannot be written.
@@ -147,16 +152,18 @@ def save_bird_eye_view(
     figure = _figure(9, 7, path)
     axes = figure.add_subplot()
     axes.scatter(coord[:, 0], coord[:, 1], s=0.3, c=coord[:, 2], cmap="viridis", linewidths=0)
-    corners = box_corners(torch.tensor(boxes, dtype=torch.float64).reshape(-1, 7)).numpy()[:, :4, :2]
-    for i, corner in enumerate(corners):
-        axes.plot(*corner[[0, 1, 2, 3, 0]].T, color="#d62728", linewidth=1.4)
-        axes.plot(*corner[[0, 1]].T, color="#1f3a93", linewidth=2.2)
-        if names is not None:
-            axes.annotate(str(names[i]), corner.max(0), fontsize=8, color="#d62728")
+    for kind, color, width in ((truth, "#2ca02c", 2.6), (boxes, "#d62728", 1.4)):
+        corners = box_corners(torch.tensor(kind, dtype=torch.float64).reshape(-1, 7)).numpy()[:, :4, :2]
+        for i, corner in enumerate(corners):
+            axes.plot(*corner[[0, 1, 2, 3, 0]].T, color=color, linewidth=width)
+            axes.plot(*corner[[0, 1]].T, color="#1f3a93", linewidth=width + 0.8)
+            if kind is boxes and names is not None:
+                axes.annotate(str(names[i]), corner.max(0), fontsize=8, color=color)
     axes.set_aspect("equal")
     axes.set_xlabel("x in metres")
     axes.set_ylabel("y in metres")
-    axes.set_title(f"{points.describe().rsplit('/', 1)[-1]}   {len(boxes)} boxes", fontsize=11, loc="left")
+    true = f", {len(truth)} true ones in green" if truth else ""
+    axes.set_title(f"{points.describe().rsplit('/', 1)[-1]}   {len(boxes)} boxes{true}", fontsize=11, loc="left")
     return _save(figure, path)
 
 

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from pc3d.errors import InputError
+from pc3d.ops.boxes import box_corners
 from pc3d.points import Points
+from pc3d.viz.boxes import EDGE_COLOR, EDGES
 from pc3d.viz.colors import Palette, color_modes, point_colors
 from pc3d.viz.render import View, choose_view, save_png
 
@@ -23,8 +26,10 @@ _TIMEOUT = 90  # seconds; a driver that has not drawn one picture by then is bro
 _KEYS = {"L": "label", "C": "rgb", "H": "height"}
 
 
-def show(points: Points, mode: str = "auto", palette: Palette | None = None) -> None:
-    """Open a window on a cloud and return when it is closed.
+def show(
+    points: Points, mode: str = "auto", palette: Palette | None = None, boxes: NDArray[np.float64] | None = None
+) -> None:
+    """Open a window on a cloud, and perhaps boxes ``(M, 7)``, and return when it is closed.
 
     Keys: ``L`` labels, ``C`` colours, ``H`` height, ``N`` next attribute; Open3D's own: ``+`` ``-`` point size, ``R``
     reset the view, ``Q`` quit.
@@ -39,6 +44,8 @@ def show(points: Points, mode: str = "auto", palette: Palette | None = None) -> 
         raise InputError("no display to open a window on: use --screenshot picture.png")
     try:
         window.add_geometry(cloud)
+        if boxes is not None:
+            window.add_geometry(_wires(o3d, boxes))
         window.get_render_option().point_size = 2.0
         for key, callback in _key_callbacks(o3d, cloud, points, palette).items():
             window.register_key_callback(ord(key), callback)
@@ -115,6 +122,16 @@ def _geometry(o3d: Any, coord: NDArray, colors: NDArray) -> Any:
     cloud = o3d.geometry.PointCloud(o3d.utility.Vector3dVector(np.asarray(coord, np.float64)))
     cloud.colors = o3d.utility.Vector3dVector(np.asarray(colors, np.float64) / 255)
     return cloud
+
+
+def _wires(o3d: Any, boxes: NDArray[np.float64]) -> Any:
+    corners = box_corners(torch.from_numpy(boxes)).numpy()
+    edges = EDGES[None] + 8 * np.arange(len(boxes))[:, None, None]
+    wires = o3d.geometry.LineSet(
+        o3d.utility.Vector3dVector(corners.reshape(-1, 3)), o3d.utility.Vector2iVector(edges.reshape(-1, 2))
+    )
+    wires.paint_uniform_color(np.array(EDGE_COLOR) / 255)
+    return wires
 
 
 def _open3d() -> Any:

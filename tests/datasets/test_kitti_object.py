@@ -64,10 +64,10 @@ def test_miniature_boxes_hold_their_cars(tmp_path: Path) -> None:
         points = data.load("train", i)
         for number, box in enumerate(points.meta[0]["boxes"]):
             own = points.get("instance") == number
-            assert own.sum() > 20
+            assert own.sum() >= 3
             assert (points.coord[own].double() - torch.tensor(box[:3])).norm(dim=1).max() < 3
             total += 1
-    assert total
+    assert total > 10
 
 
 def test_background_is_a_class_of_its_own(tmp_path: Path) -> None:

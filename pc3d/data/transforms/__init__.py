@@ -24,6 +24,7 @@ from pc3d.data.transforms.geometric import (
     RandomShift,
     UnitShape,
 )
+from pc3d.data.transforms.paste import PasteObjects
 from pc3d.data.transforms.presets import IndoorAugment, OutdoorAugment
 from pc3d.data.transforms.sampling import CropBox, FixedPoints, GridSample, RandomDropout, ShufflePoints, SphereCrop
 from pc3d.data.transforms.segments import ChooseSegments, GraphSegments
@@ -50,6 +51,7 @@ __all__ = [
     "LocalGeometry",
     "NormalizeColor",
     "OutdoorAugment",
+    "PasteObjects",
     "PointClip",
     "PositiveShift",
     "RandomDropout",

@@ -1,4 +1,7 @@
-"""Transforms that move points. Normals turn and mirror with them; all other attributes stay with their point."""
+"""Transforms that move points.
+
+Normals turn and mirror with them, boxes go where their points go; all other attributes stay with their point.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pc3d.data.boxes import drop_boxes, mirror_boxes, scale_boxes, shift_boxes, turn_boxes
 from pc3d.data.transforms.base import CloudTransform, Transform, chance, normal_like, uniform
 from pc3d.data.transforms.sampling import check_range
 from pc3d.errors import InputError
@@ -37,7 +41,7 @@ class CenterShift(CloudTransform):
         low, high = cloud.coord.amin(0), cloud.coord.amax(0)
         shift = (low + high) / 2
         shift[2] = low[2] if self.apply_z else 0
-        return cloud.replace(coord=cloud.coord - shift, meta=[_moved_origin(cloud.meta[0], shift)])
+        return _lowered(cloud, shift)
 
 
 class PositiveShift(CloudTransform):
@@ -47,7 +51,13 @@ class PositiveShift(CloudTransform):
         if cloud.num_points == 0:
             return cloud
         shift = cloud.coord.amin(0)
-        return cloud.replace(coord=cloud.coord - shift, meta=[_moved_origin(cloud.meta[0], shift)])
+        return _lowered(cloud, shift)
+
+
+def _lowered(cloud: Points, shift: Tensor) -> Points:
+    """A cloud whose origin has moved by ``shift`` (3,)."""
+    moved = cloud.replace(coord=cloud.coord - shift, meta=[_moved_origin(cloud.meta[0], shift)])
+    return shift_boxes(moved, -shift)
 
 
 def _moved_origin(meta: dict[str, Any], shift: Tensor) -> dict[str, Any]:
@@ -127,7 +137,7 @@ def rotate(cloud: Points, matrix: Tensor, center: Sequence[float] | None = None)
         return cloud
     coord = cloud.coord
     pivot = (coord.amin(0) + coord.amax(0)) / 2 if center is None else coord.new_tensor(list(center))
-    turned = cloud.with_attrs(coord=(coord - pivot) @ matrix.to(coord).T + pivot)
+    turned = turn_boxes(cloud.with_attrs(coord=(coord - pivot) @ matrix.to(coord).T + pivot), matrix, pivot)
     if "normal" not in cloud:
         return turned
     normal = cloud.get("normal")
@@ -139,7 +149,7 @@ class RandomScale(CloudTransform):
 
     Args:
         scale: lowest and highest factor.
-        anisotropic: a factor of its own for each axis; normals stay as they are, as published.
+        anisotropic: a factor of its own for each axis; normals stay as they are, as published, and boxes are dropped.
     """
 
     def __init__(self, scale: Sequence[float] = (0.9, 1.1), anisotropic: bool = False) -> None:
@@ -148,9 +158,10 @@ class RandomScale(CloudTransform):
 
     def apply(self, cloud: Points, generator: torch.Generator | None) -> Points:
         if not self.anisotropic:
-            return cloud.with_attrs(coord=cloud.coord * uniform(self.scale[0], self.scale[1], generator))
+            factor = uniform(self.scale[0], self.scale[1], generator)
+            return scale_boxes(cloud.with_attrs(coord=cloud.coord * factor), factor)
         factors = [uniform(self.scale[0], self.scale[1], generator) for _ in range(3)]
-        return cloud.with_attrs(coord=cloud.coord * cloud.coord.new_tensor(factors))
+        return drop_boxes(cloud.with_attrs(coord=cloud.coord * cloud.coord.new_tensor(factors)))
 
 
 class RandomShift(CloudTransform):
@@ -160,8 +171,8 @@ class RandomShift(CloudTransform):
         self.shift = shift
 
     def apply(self, cloud: Points, generator: torch.Generator | None) -> Points:
-        distances = [uniform(self.shift[0], self.shift[1], generator) for _ in range(3)]
-        return cloud.with_attrs(coord=cloud.coord + cloud.coord.new_tensor(distances))
+        distances = cloud.coord.new_tensor([uniform(self.shift[0], self.shift[1], generator) for _ in range(3)])
+        return shift_boxes(cloud.with_attrs(coord=cloud.coord + distances), distances)
 
 
 class UnitShape(CloudTransform):
@@ -192,7 +203,7 @@ class UnitShape(CloudTransform):
         x, y, z, before = cloud.meta[0].get("unit_frame", (0.0, 0.0, 0.0, 1.0))
         moved = [o + before * c for o, c in zip((x, y, z), center.tolist(), strict=True)]
         meta = {**cloud.meta[0], "unit_frame": [*moved, before * scale.item()]}
-        return cloud.with_attrs(coord=coord).replace(meta=[meta])
+        return drop_boxes(cloud.with_attrs(coord=coord).replace(meta=[meta]))
 
     def _frame(self, coord: Tensor) -> tuple[Tensor, Tensor]:
         """Centre ``(3,)`` and scale; a scale of 1 where all points coincide."""
@@ -212,14 +223,20 @@ def from_unit_frame(coord: Tensor, meta: dict[str, Any]) -> Tensor:
 
 
 class RandomFlip(CloudTransform):
-    """With probability ``p`` mirror x, then with probability ``p`` mirror y, of coordinates and normals."""
+    """With probability ``p`` each, mirror the coordinates ``axes``, one after the other, and the normals with them."""
 
-    def __init__(self, p: float = 0.5) -> None:
+    def __init__(self, p: float = 0.5, axes: Sequence[Literal["x", "y"]] = ("x", "y")) -> None:
+        if not axes or not set(axes) <= {"x", "y"}:
+            raise InputError(f"RandomFlip.axes {list(axes)}: must be x, y or both")
         self.p = p
+        self.axes = list(axes)
 
     def apply(self, cloud: Points, generator: torch.Generator | None) -> Points:
-        signs = [-1.0 if chance(self.p, generator) else 1.0 for _ in "xy"]
-        factor = cloud.coord.new_tensor([*signs, 1.0])
+        factor = cloud.coord.new_ones(3)
+        for axis in ("xy".index(name) for name in self.axes):
+            if chance(self.p, generator):
+                factor[axis] = -1
+                cloud = mirror_boxes(cloud, axis)
         mirrored = {name: cloud.get(name) * factor for name in ("coord", "normal") if name in cloud}
         return cloud.with_attrs(**mirrored)
 
@@ -262,7 +279,7 @@ class ElasticDistortion(CloudTransform):
             dims = self._noise_dims(cloud, coord, granularity)
             noise = torch.randn(3, *dims, generator=generator).to(coord)
             coord = coord + magnitude * interpolate(smooth(noise), (coord - coord.amin(0)) / granularity + 1)
-        return cloud.with_attrs(coord=coord)
+        return drop_boxes(cloud.with_attrs(coord=coord))
 
     def _noise_dims(self, cloud: Points, coord: Tensor, granularity: float) -> list[int]:
         extent = coord.amax(0) - coord.amin(0)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from pc3d.data.boxes import box_tensor, take_boxes
 from pc3d.data.transforms.base import CloudTransform, Transform, chance
 from pc3d.errors import InputError
 from pc3d.ops.neighbours import farthest_points, knn
@@ -244,7 +245,7 @@ class ShufflePoints(CloudTransform):
 
 
 class CropBox(Transform):
-    """Remove the points outside a box (``PointClip`` moves them to its faces instead).
+    """Remove the points outside a box (``PointClip`` moves them to its faces instead), and boxes with their centre.
 
     Args:
         point_range: ``(xmin, ymin, zmin, xmax, ymax, zmax)`` in metres; faces belong to the box.
@@ -255,7 +256,13 @@ class CropBox(Transform):
 
     def __call__(self, points: Points, generator: torch.Generator | None = None) -> Points:
         low, high = (points.coord.new_tensor(corner) for corner in (self.point_range[:3], self.point_range[3:]))
-        return points.select(((points.coord >= low) & (points.coord <= high)).all(1))
+        inside = points.select(((points.coord >= low) & (points.coord <= high)).all(1))
+        return inside.replace(meta=[self._with_boxes(meta) for meta in points.meta])
+
+    def _with_boxes(self, meta: dict[str, Any]) -> dict[str, Any]:
+        center = box_tensor(meta)[:, :3]
+        low, high = center.new_tensor(self.point_range).view(2, 3)
+        return take_boxes(meta, ((center >= low) & (center <= high)).all(1).nonzero()[:, 0].tolist())
 
 
 def check_range(point_range: Sequence[float]) -> tuple[float, ...]:
