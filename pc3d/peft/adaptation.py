@@ -58,7 +58,8 @@ def attach(backbone: Backbone, method: Adaptation, name: str = "default") -> Att
     """Freeze a backbone, adapters it has already included, and insert a new one, which trains.
 
     The running statistics of the backbone's own norms never change from here on, in training mode neither: the adapter
-    and the untouched backbone together are the adapted model. Layers of the backbone that no pre-training brings (its
+    and the untouched backbone together are the adapted model. Its drop path stays on in training, unless nothing of
+    the backbone trains. Layers of the backbone that no pre-training brings (its
     ``task_layers``) train as they are, belong to the adapter's file, and stay trained when it is taken off.
 
     Raises:
@@ -88,13 +89,19 @@ def attach(backbone: Backbone, method: Adaptation, name: str = "default") -> Att
     task = tuple(f"{layer}." for layer in backbone.task_layers)
     added = frozenset(key for key in backbone.state_dict() if key not in before or key.startswith(task))
     found = attached(backbone)[name] = Attached(method, added)
-    learning = _learning(backbone)
-    backbone.kept_in_eval = [
-        m for m in backbone.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and id(m) not in learning
-    ]
-    for norm in backbone.kept_in_eval:
-        norm.eval()
+    backbone.kept_in_eval = _fixed(backbone)
+    for module in backbone.kept_in_eval:
+        module.eval()
     return found
+
+
+def _fixed(backbone: Backbone) -> list[nn.Module]:
+    """Modules to keep in eval mode: norms of the base; all of it if nothing in it trains."""
+    if not any(parameter.requires_grad for parameter in backbone.parameters()):
+        return list(backbone.children())
+    learning = _learning(backbone)
+    norms = (m for m in backbone.modules() if isinstance(m, nn.modules.batchnorm._NormBase))
+    return [norm for norm in norms if id(norm) not in learning]
 
 
 def _learning(backbone: PointNetwork) -> set[int]:

@@ -231,16 +231,19 @@ def freeze_parameters(module: nn.Module, patterns: Iterable[str]) -> list[nn.Mod
     """Switch off the gradient of every parameter whose name matches one of the regular expressions.
 
     Returns:
-        The modules with no trainable parameter left, to be kept in eval mode (so that batch statistics do not move).
+        The modules that this left no trainable parameter, to be kept in eval mode (so that batch statistics do not
+        move); what was frozen before, for an adapter, is left as it is.
 
     Raises:
         InputError: if a pattern matches no parameter name.
     """
-    named = list(module.named_parameters())
+    named, frozen = list(module.named_parameters()), set()
     for pattern in patterns:
         hits = [parameter for name, parameter in named if re.search(pattern, name)]
         if not hits:
             raise InputError(f"freeze: no parameter name contains '{pattern}' (names: {_examples(named)})")
         for parameter in hits:
             parameter.requires_grad_(False)
-    return [m for m in module.modules() if (own := list(m.parameters())) and not any(p.requires_grad for p in own)]
+            frozen.add(id(parameter))
+    whole = [m for m in module.modules() if not any(p.requires_grad for p in m.parameters())]
+    return [m for m in whole if any(id(p) in frozen for p in m.parameters())]

@@ -232,6 +232,13 @@ def test_published_numbers_of_parameters() -> None:
         assert count_parameters(base).tunable == (11 * 8 + 4) * (384 + 3 * 384)
 
 
+def test_a_probed_network_gives_the_same_features_in_training() -> None:
+    base = PointViT(channels=12, depth=2, num_heads=2, patches=8, patch_points=4, stages=(1,), drop_path=0.9)
+    attach(base, LinearProbe())
+    with torch.no_grad():
+        assert torch.equal(base.train()(POINTS), base.eval()(POINTS))
+
+
 def test_an_attempt_that_fails_changes_nothing() -> None:
     base = network("spunet")
     state = copy.deepcopy(base.state_dict())

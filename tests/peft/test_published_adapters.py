@@ -32,6 +32,7 @@ from pc3d.peft import (
 from pc3d.peft.idpt import GraphPrompt
 from pc3d.peft.pointgst import SpectralAdapter, eigenbasis, laplacian
 from pc3d.points import Points
+from pc3d.tasks import Classification
 
 METHODS = {
     "idpt": lambda: IDPT(1),
@@ -124,6 +125,16 @@ def test_life_of_an_adapter(how: str, tmp_path: Path) -> None:
     detach(base)
     assert base.out_channels == 24
     assert torch.equal(features(base, points), before)
+
+
+@pytest.mark.parametrize("how", METHODS)
+def test_frozen_blocks_keep_their_drop_path_in_a_task(how: str) -> None:
+    """It regularises the adapter, as published; the norms of the patch encoder stay as they were."""
+    base = network()
+    task = Classification(base, ["a", "b"], peft=METHODS[how](), freeze=["^head"]).train()
+    assert all(block.drop_path.training for block in base.blocks)  # type: ignore[union-attr]
+    assert not any(m.training for m in base.encoder.modules() if isinstance(m, torch.nn.BatchNorm1d))
+    assert not task.head.training
 
 
 def test_published_names_of_the_transformer_prompt() -> None:
