@@ -107,7 +107,7 @@ def _load(
 
     ``onto_base``: the backbone holds what the file was tuned from.
     """
-    from pc3d.models import E3DSNN, ConDaFormer, PointSSM, PointViT, SparseUNet
+    from pc3d.models import E3DSNN, ConDaFormer, PointSSM, PointViT, ScatterFormer, SparseUNet
     from pc3d.models.convert import (
         import_condaformer,
         import_e3dsnn,
@@ -116,6 +116,7 @@ def _load(
         import_point_vit,
         import_pointcept,
         import_pretraining,
+        import_scatterformer,
         import_sparse_unet,
     )
     from pc3d.tasks import Detection, Pretraining
@@ -123,8 +124,11 @@ def _load(
     if isinstance(task, Detection):
         with_head = any(name.startswith("dense_head.") for name in state)
         try:
-            found = import_openpcdet(state, task.backbone, task.head if with_head else None, _layout(layout_name))
-            return found, with_head
+            head = task.head if with_head else None
+            if isinstance(task.backbone, ScatterFormer):
+                import_scatterformer(state, task.backbone, head)
+                return None, with_head
+            return import_openpcdet(state, task.backbone, head, _layout(layout_name)), with_head
         except InputError as error:
             raise InputError(str(error).replace("checkpoint:", f"{source}:", 1)) from None
     published = {"seg_head.", "final.", "classifier.", "decoder.final.", "cls_head_finetune.", "convs3.", "convs3_cls."}
