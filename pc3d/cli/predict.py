@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pc3d.cli.errors import one_line
 from pc3d.cli.parser import PRESETS, Parser
+from pc3d.cli.predict_stream import add_options
 from pc3d.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 EXAMPLES = """\
   pc3d predict scan.laz --ckpt runs/demo/checkpoints/best.ckpt -o labelled.laz
   pc3d predict tiles/ --ckpt best.ckpt -o labelled/ --format laz --tile 100
+  pc3d predict country/ --ckpt best.ckpt -o labelled/ --stream --memory 4GB
   pc3d predict room.ply --ckpt best.ckpt -o room_labelled.ply --tta scannet --probabilities
   pc3d predict objects/ --ckpt classifier.ckpt -o classes.csv
   pc3d predict chair.ply --ckpt parts.ckpt -o chair_parts.ply --category Chair
@@ -42,7 +44,8 @@ def main(arguments: list[str]) -> int:
 
     from pc3d.cli.predict_boxes import SUFFIXES, detect_file
     from pc3d.cli.predict_objects import ClassTable, complete_file, refuse_foreign_options
-    from pc3d.tasks import Classification, Completion, Detection, Pretraining, load_task
+    from pc3d.cli.predict_stream import stream_files, wants_stream
+    from pc3d.tasks import Classification, Completion, Detection, Pretraining, SemanticSegmentation, load_task
 
     inputs, output = [Path(name) for name in options.inputs], Path(options.output)
     found = find_inputs(inputs)
@@ -50,10 +53,15 @@ def main(arguments: list[str]) -> int:
     if isinstance(task, Pretraining):
         raise InputError(f"{options.ckpt}: is pre-trained only; fine-tune it: pc3d train --init_from {options.ckpt}")
     refuse_foreign_options(task, options, _parser())
+    streamed = wants_stream(options, [source for source, _ in found], type(task) is SemanticSegmentation)
     table = ClassTable(output, task, options.probabilities) if isinstance(task, Classification) else None
     more = SUFFIXES if isinstance(task, Detection) else (".label",)
     jobs = [(source, output) for source, _ in found] if table else plan_jobs(inputs, output, options.format, more)
     task.to(_device(options.device, torch))
+    if streamed:
+        for line in stream_files(jobs, task, pipeline, card, options):
+            print(line)
+        return 0
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
     console = Console()
     failed = []
@@ -111,6 +119,7 @@ def _parser() -> Parser:
     parser.add_argument("--invalid", choices=["error", "drop"], help="points without finite coordinates")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1")
     parser.add_argument("--trust", action="store_true", help="run code inside the checkpoint (your own file only)")
+    add_options(parser)
     return parser
 
 
@@ -258,11 +267,16 @@ def labelled(
     attrs = {"classification": codes.clamp(min=0)} if las else {"label": codes}
     attrs["confidence"] = confidence
     if all_probabilities:
-        names = [f"prob_{name}".replace(" ", "_")[:32] for name in card["class_names"]]
+        names = probability_names(card["class_names"])
         attrs |= {name: probabilities[:, i].contiguous() for i, name in enumerate(names)}
     if not las and not keep_colors:
         attrs["color"] = torch.from_numpy(label_colors(labels, card["palette"])).float()
     return points.with_attrs(**attrs)
+
+
+def probability_names(class_names: Sequence[str]) -> list[str]:
+    """Names of the fields that hold the probability of each class."""
+    return [f"prob_{name}".replace(" ", "_")[:31] for name in class_names]
 
 
 def label_codes(labels: Tensor, label_map: dict[int, int] | None) -> Tensor:

@@ -122,19 +122,26 @@ class LasWriter:
         head: header and records.
         compressed: LAZ.
         chunk_size: points per LAZ chunk; None makes every :meth:`write` a chunk of its own.
+        encoded: the points come as :func:`encode_chunk` made them, by :meth:`write_encoded`.
 
     Raises:
         InputError: if LAZ is wanted without lazrs.
     """
 
-    def __init__(self, out: Path, head: LasHead, compressed: bool, chunk_size: int | None = 50_000) -> None:
+    def __init__(
+        self, out: Path, head: LasHead, compressed: bool, chunk_size: int | None = 50_000, encoded: bool = False
+    ) -> None:
         self._head, self._variable = head, chunk_size is None
         self._count, self._returns = 0, np.zeros(16, np.int64)
         self._low, self._high = np.full(3, np.iinfo(np.int64).max), np.full(3, np.iinfo(np.int64).min)
         self._laz = _laz_record(out, head, chunk_size) if compressed else None
         self._file = out.open("w+b")
         self._write_head()
-        self._compressor = self._start() if compressed else None
+        self._compressor = self._start() if compressed and not encoded else None
+        self._table: list[tuple[int, int]] = []
+        self._points_start = self._file.tell()
+        if compressed and encoded:
+            self._file.write(bytes(8))
 
     def __enter__(self) -> LasWriter:
         return self
@@ -158,6 +165,11 @@ class LasWriter:
             self._compressor.compress_chunks([data.reshape(-1)])
         else:
             self._compressor.compress_many(data.reshape(-1))
+
+    def write_encoded(self, count: int, data: bytes) -> None:
+        """Append a chunk of ``count`` points; all but the last have ``chunk_size`` of them."""
+        self._table.append((count, len(data)))
+        self._file.write(data)
 
     def _measure(self, records: NDArray[np.uint8]) -> None:
         self._count += len(records)
@@ -186,6 +198,8 @@ class LasWriter:
     def _finish(self) -> None:
         if self._compressor is not None:
             self._compressor.done()
+        elif self._laz is not None:
+            self._write_table()
         self._file.seek(0, 2)
         version = tuple(self._head.header[24:26])
         if version >= (1, 4):
@@ -194,6 +208,13 @@ class LasWriter:
             self._patch("<QI", 235, start, len(self._head.tail))
         if self._head.measured:
             self._write_counts(version)
+
+    def _write_table(self) -> None:
+        import lazrs
+
+        place = self._file.tell()
+        lazrs.write_chunk_table(self._file, self._table, lazrs.LazVlr(self._laz))
+        self._patch("<q", self._points_start, place)
 
     def _copy_tail(self) -> None:
         if not self._head.tail:
@@ -218,6 +239,23 @@ class LasWriter:
         self._file.seek(place)
         self._file.write(struct.pack(layout, *values))
         self._file.seek(0, 2)
+
+
+def encode_chunk(path: Path, head: LasHead, records: NDArray[np.uint8], compressed: bool) -> bytes:
+    """The bytes of one chunk in a file with this head, see :meth:`LasWriter.write_encoded`.
+
+    Raises:
+        InputError: if LAZ is wanted without lazrs.
+    """
+    data = np.ascontiguousarray(records)
+    if not compressed:
+        return data.tobytes()
+    record = _laz_record(path, head, len(data))
+    import lazrs
+
+    whole = lazrs.compress_points(lazrs.LazVlr(record), data.reshape(-1), False)
+    (end,) = struct.unpack_from("<q", whole)
+    return bytes(whole[8:end])
 
 
 def _laz_record(path: Path, head: LasHead, chunk_size: int | None) -> bytes:

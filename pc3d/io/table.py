@@ -38,6 +38,8 @@ class Table:
         skipped: names of what the file holds and ``Points`` cannot (faces, arrays that are not per point).
         organised: an image-like cloud, where non-finite points mark pixels without a measurement.
         step: spacing in metres that coordinates must keep (the scale of a LAS file); None for the usual 0.1 mm.
+        origin: origin of the coordinates, for clouds which are parts of one; None chooses it by the coordinates.
+        color_scale: stored number per unit of 0..255, for such parts; None tells it by the colours.
     """
 
     columns: dict[str, Array]
@@ -45,6 +47,8 @@ class Table:
     skipped: list[str] = field(default_factory=list)
     organised: bool = False
     step: float | None = None
+    origin: tuple[float, float, float] | None = None
+    color_scale: float | None = None
 
 
 def to_points(table: Table, path: Path, invalid: Invalid | None = None, allow_empty: bool = False) -> Points:
@@ -71,11 +75,14 @@ def to_points(table: Table, path: Path, invalid: Invalid | None = None, allow_em
         columns = {name: values[rows] for name, values in columns.items()}
     if len(stored) == 0 and not allow_empty:
         raise InputError(f"{path}: holds no {'valid ' if rows is not None else ''}points")
-    coord, meta["origin"] = _split_origin(stored, path, table.step or _FLOAT32_STEP)
+    if table.origin is None:
+        coord, meta["origin"] = _split_origin(stored, path, table.step or _FLOAT32_STEP)
+    else:
+        coord, meta["origin"] = (stored - np.asarray(table.origin)).astype(np.float32), table.origin
     attrs: dict[str, torch.Tensor] = {}
     for name, values in columns.items():
         meta["dtypes"][name] = values.dtype.name
-        attrs[name] = _to_tensor(name, values, meta)
+        attrs[name] = _to_tensor(name, values, meta, table.color_scale)
     return Points(torch.from_numpy(coord), attrs=attrs, meta=[meta])
 
 
@@ -303,16 +310,20 @@ def _split_origin(stored: Array, path: Path, step: float) -> tuple[Array, tuple[
         largest = max(abs(low), abs(high))
         if largest > float(np.finfo(np.float32).max):
             raise InputError(f"{path}: field '{'xyz'[axis]}' has value {largest:g}, beyond any metre coordinate")
-        before, after = np.spacing(np.array([largest, high - np.floor(low)], np.float32))
-        if before > max(step, after):
-            origin[axis] = np.floor(low)
+        origin[axis] = axis_origin(low, high, step)
     coord = (exact - origin).astype(np.float32)
     return coord, (float(origin[0]), float(origin[1]), float(origin[2]))
 
 
-def _to_tensor(name: str, values: Array, meta: dict[str, Any]) -> torch.Tensor:
+def axis_origin(low: float, high: float, step: float) -> float:
+    """Origin of an axis: 0 where float32 keeps ``step``, or would keep it no better from ``floor(low)``."""
+    before, after = np.spacing(np.array([max(abs(low), abs(high)), high - np.floor(low)], np.float32))
+    return float(np.floor(low)) if before > max(step, after) else 0.0
+
+
+def _to_tensor(name: str, values: Array, meta: dict[str, Any], color_scale: float | None = None) -> torch.Tensor:
     if name == "color" and values.shape[1:] == (3,):
-        scale = _color_scale(values)
+        scale = _color_scale(values) if color_scale is None else color_scale
         if scale != 1.0:
             meta["color_scale"] = scale
         return torch.from_numpy((values.astype(np.float64) / scale).astype(np.float32))

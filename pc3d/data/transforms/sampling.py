@@ -21,13 +21,15 @@ KeyOrder = Literal["raster", "fnv"]
 
 _FNV_BASIS = 14695981039346656037 - 2**64  # as a signed 64-bit integer
 _FNV_PRIME = 1099511628211
+_LARGEST_STRIDE = 128
 
 
 class GridSample(Transform):
     """Keep one point per cell of a cubic grid, ``floor(coord / size)``.
 
     Sets ``grid_coord`` (N, 3) int32, counted from each cloud's lowest cell. The points come out in the order of their
-    cells.
+    cells. A cloud that is a part of another one (``meta["grid_low"]``: lowest coordinate of the whole) is counted from
+    up to 127 cells further down, so that cells of strides up to 128 are those that the whole cloud would have.
 
     Args:
         size: edge of a cell in metres.
@@ -78,6 +80,8 @@ class GridSample(Transform):
 
     def _cells(self, points: Points) -> tuple[Tensor, UniqueVoxels]:
         grid = grid_coords(points.coord, points.offsets, self.size)
+        if any("grid_low" in entry for entry in points.meta):
+            grid = grid + _phases(points, self.size)[points.batch]
         voxels = unique_voxels(grid, points.offsets, "raster")
         if self.key_order == "fnv":
             voxels = _reorder(voxels, _fnv_order(grid[voxels.first], points.batch[voxels.first]))
@@ -98,6 +102,17 @@ class GridSample(Transform):
     def _draw(self, high: Tensor, generator: torch.Generator | None) -> Tensor:
         """One integer from U{0, ..., high - 1} for every entry of ``high``."""
         return (torch.rand(len(high), dtype=torch.float64, generator=generator).to(high.device) * high).long()
+
+
+def _phases(points: Points, size: float) -> Tensor:
+    """``(B, 3)`` int32 cells between the lowest cell of each cloud and that of its whole, up to the largest stride."""
+    phases = torch.zeros(len(points), 3, dtype=torch.int32)
+    for i, (entry, cloud) in enumerate(zip(points.meta, points, strict=True)):
+        if "grid_low" in entry and cloud.num_points:
+            whole = torch.tensor(entry["grid_low"], dtype=torch.float32).double()
+            lowest = cloud.coord.amin(0).cpu().double()
+            phases[i] = ((lowest / size).floor() - (whole / size).floor()).long() % _LARGEST_STRIDE
+    return phases.to(points.device)
 
 
 def fnv_keys(grid: Tensor) -> Tensor:
