@@ -60,6 +60,8 @@ def wants_stream(options: argparse.Namespace, sources: Sequence[Path], plain_tas
         if not las:
             odd = next(source for source in sources if source.suffix.lower() not in _SUFFIXES)
             raise InputError(f"--stream: {odd} is no LAS or LAZ file: pc3d export turns it into one")
+        if options.columns is not None:
+            raise InputError("--columns: LAS and LAZ files name their fields themselves")
         if not targets_fit:
             raise InputError(f"--stream: --format {options.format} cannot be streamed (las, laz or npy)")
         return True
@@ -71,9 +73,9 @@ def wants_stream(options: argparse.Namespace, sources: Sequence[Path], plain_tas
         if count * _BYTES_IN_MEMORY > memory:
             print(f"{largest}: {count:,} points are labelled tile by tile (--memory {memory / 1e9:.1f}GB)")
             return True
-    given = {"--halo": options.halo, "--blend": options.blend, "--label_field": options.label_field}
+    given = {"--halo": options.halo, "--blend": options.blend or None, "--label_field": options.label_field}
     for name, value in given.items():
-        if value:
+        if value is not None:
             raise InputError(f"{name}: is for --stream")
     return False
 

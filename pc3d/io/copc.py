@@ -25,7 +25,6 @@ class Octree:
         key: ``(M, 4)`` int32 level, x, y, z; the root is 0, 0, 0, 0.
         start, size, count: ``(M,)`` int64 first byte, bytes and points.
         low, high: ``(M, 3)`` float64 corners of the nodes' cubes.
-        spacing: metres between the points of the root; half of it a level below.
     """
 
     key: NDArray[np.int32]
@@ -34,7 +33,6 @@ class Octree:
     count: NDArray[np.int64]
     low: NDArray[np.float64]
     high: NDArray[np.float64]
-    spacing: float
 
 
 def read_octree(reader: ByteReader, header: LasHeader) -> Octree | None:
@@ -48,11 +46,11 @@ def read_octree(reader: ByteReader, header: LasHeader) -> Octree | None:
         return None
     if len(info) < _INFO.size:
         raise InputError(f"{header.path}: damaged: COPC info of {len(info)} bytes")
-    *center, half, spacing, start, size = _INFO.unpack_from(info)
-    if not (np.isfinite([*center, half, spacing]).all() and half > 0):
+    *center, half, _spacing, start, size = _INFO.unpack_from(info)
+    if not (np.isfinite([*center, half]).all() and half > 0):
         raise InputError(f"{header.path}: damaged: COPC cube with centre {center} and half size {half}")
     entries = _entries(reader, start, size)
-    entries = entries[(entries["count"] > 0)]
+    entries = entries[entries["count"] > 0]
     entries = entries[np.argsort(entries["start"], kind="stable")]
     key = entries["key"]
     if len(entries) and not (key.min() >= 0 and (key[:, 0] <= _MAX_LEVEL).all()):
@@ -60,7 +58,7 @@ def read_octree(reader: ByteReader, header: LasHeader) -> Octree | None:
     edge = 2 * half / 2.0 ** key[:, :1]
     low = np.array(center) - half + key[:, 1:] * edge
     starts, sizes, counts = (entries[name].astype(np.int64) for name in ("start", "size", "count"))
-    return Octree(key, starts, sizes, counts, low, low + edge, float(spacing))
+    return Octree(key, starts, sizes, counts, low, low + edge)
 
 
 def _entries(reader: ByteReader, start: int, size: int) -> NDArray[np.void]:

@@ -411,6 +411,21 @@ def test_las_output(scan: Path, tmp_path: Path, suffix: str) -> None:
         assert len(LasIndex.open(target).file) == len(file) or suffix == ".las"
 
 
+def test_copc_becomes_laz(data_dir: Path, tmp_path: Path) -> None:
+    path = data_dir / "reader_zoo/simple.copc.laz"
+    index, target = LasIndex.open(path), tmp_path / "simple.laz"
+
+    def predict(cloud: Points, _: torch.Generator) -> torch.Tensor:
+        return torch.nn.functional.one_hot((cloud.coord[:, 2] > 450).long(), 3).float()
+
+    run, _ = predictor(index, tmp_path / "work", LasOutput(index, [target], CODES), predict, side=900, halo=50)
+    assert run.run().decoded == len(index.file) == 65
+    before, after = laspy.read(path), laspy.read(target)
+    assert np.array_equal(before.xyz, after.xyz)
+    assert np.array_equal(after.classification, np.where(before.xyz[:, 2] > 450, 5, 2))
+    assert not [record for record in [*after.header.vlrs, *after.evlrs] if record.user_id == "copc"]
+
+
 def test_label_fields(tmp_path: Path) -> None:
     source = write_aerial(tmp_path / "old.laz", (0, 0), 50, 1, 1, chunk_size=1000)
     index = LasIndex.open(source)
