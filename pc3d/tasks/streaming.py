@@ -184,7 +184,8 @@ class StreamingPredictor:
         self.progress = Progress(index.num_points)
         self._points = ScanPoints(index)
         self._done: dict[Tile, _Done] = {}
-        self._finished: set[int] = set()
+        self._finished: set[int] = set()  # chunks
+        self._learned: set[int] = set()  # chunks whose true place is known
         self._curve: dict[Tile, int] = {}
         (folder / "tiles").mkdir(parents=True, exist_ok=True)
         (folder / "chunks").mkdir(exist_ok=True)
@@ -238,7 +239,7 @@ class StreamingPredictor:
         spans = [[number, *span] for number, span in rows.items()]
         entry = {"tile": [tile.level, tile.column, tile.row], "rows": spans, "listed": sorted(listed)}
         self._journal.add({**entry, "bytes": _size(self._tile_file(tile)) if rows else 0})
-        self._done[tile] = _Done(rows, listed)
+        self._take_tile(tile, _Done(rows, listed))
         self._finish_chunks(rows.keys() | listed, cache)
 
     def _gather(self, tile: Tile, cache: ChunkCache) -> tuple[list[tuple[int, NDArray, Records]], set[int]] | None:
@@ -264,14 +265,14 @@ class StreamingPredictor:
 
     def _learn(self, number: int, xy: NDArray[np.float64]) -> None:
         """Take the true place of a chunk; tiles that were done without it are done again."""
-        if number in self._journal.learned:
+        if number in self._learned:
             return
         bounds = [float(value) for value in (*xy.min(0), *xy.max(0))]
         self._journal.add({"learned": number, "bounds": bounds})
         self._take_bounds(number, bounds)
 
     def _take_bounds(self, number: int, bounds: list[float]) -> None:
-        self._journal.learned.add(number)
+        self._learned.add(number)
         corners = np.array(bounds).reshape(2, 2)
         if self.plan.learn(number, corners):
             self.plan.cover(corners.reshape(4))
@@ -281,10 +282,17 @@ class StreamingPredictor:
 
     def _reopen(self, tile: Tile) -> None:
         self.progress.repeated += 1
-        for number in self._done.pop(tile).rows:
-            if number in self._finished:
-                self._finished.remove(number)
-                self.progress.points -= int(self._index.counts[number])
+        self._unfinish(self._done.pop(tile).rows)
+
+    def _take_tile(self, tile: Tile, done: _Done) -> None:
+        """A tile is done; one found late may blend into chunks that were thought to be finished."""
+        self._unfinish(done.rows)
+        self._done[tile] = done
+
+    def _unfinish(self, numbers: Iterable[int]) -> None:
+        for number in self._finished.intersection(numbers):
+            self._finished.remove(number)
+            self.progress.points -= int(self._index.counts[number])
 
     def _store(self, tile: Tile, parts: list[tuple[int, NDArray, Records]]) -> dict[int, tuple[int, int]]:
         """Predict the points of a tile and write their results; rows of the file for each chunk."""
@@ -323,7 +331,7 @@ class StreamingPredictor:
     def _finish_chunks(self, numbers: Iterable[int], cache: ChunkCache) -> None:
         """Encode the chunks whose tiles are all done, while they are in memory."""
         for number in sorted(numbers):
-            if number in self._finished or number not in self._journal.learned:
+            if number in self._finished or number not in self._learned:
                 continue
             margin = self.plan.halo if self._blend else 0.0
             tiles = self.plan.leaves_at(self.plan.bounds[number], margin)
@@ -378,7 +386,7 @@ class StreamingPredictor:
             tile = Tile(*entry["tile"])
             rows = {number: (start, end) for number, start, end in entry["rows"]}
             if not rows or _size(self._tile_file(tile)) == entry["bytes"]:
-                self._done[tile] = _Done(rows, set(entry["listed"]))
+                self._take_tile(tile, _Done(rows, set(entry["listed"])))
 
 
 def read_identity(folder: Path) -> dict[str, Any] | None:
@@ -405,14 +413,12 @@ class Journal:
 
     Attributes:
         entries: what an earlier run has done.
-        learned: chunks whose place is known.
 
     Raises:
         InputError: if the journal is of another run.
     """
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
-        self.learned: set[int] = set()
         self.entries: list[dict[str, Any]] = []
         first = json.dumps(identity, sort_keys=True)
         whole = path.read_bytes() if path.is_file() else b""

@@ -223,6 +223,26 @@ def test_wrong_guesses_are_made_good(tmp_path: Path, blend: bool) -> None:
     np.testing.assert_allclose(kept.column("confidence"), 1 - xyz[:, 2] / 200, rtol=1e-4)
 
 
+@pytest.mark.parametrize("blend", [False, True])
+def test_late_discoveries_change_nothing(tmp_path: Path, blend: bool) -> None:
+    """The result is that of a plan which knew the place of every chunk from the start."""
+    index = LasIndex.open(misleading(tmp_path / "stray.laz"))
+
+    def predict(cloud: Points, generator: torch.Generator) -> torch.Tensor:
+        return torch.rand(2, generator=generator).softmax(0).expand(cloud.num_points, 2)  # another one in every tile
+
+    options = {"side": 30, "halo": 12, "blend": blend, "keep_probabilities": True}
+    lazy, found = predictor(index, tmp_path / "lazy", None, predict, **options)
+    assert lazy.run().repeated > 0
+    knowing, expected = predictor(index, tmp_path / "knowing", None, predict, **options)
+    for number in range(len(index.file)):
+        xy = coordinates(index.files[0].header, index.records(number))[:, :2]
+        knowing.plan.learn(number, xy)
+        knowing.plan.cover(np.concatenate([xy.min(0), xy.max(0)]))
+    assert knowing.run().repeated == 0
+    assert np.array_equal(found.column("probabilities"), expected.column("probabilities"))
+
+
 def test_most_chunks_are_decoded_once(tmp_path: Path) -> None:
     """With a cache for less than a third of the chunks."""
     for number in range(2):
