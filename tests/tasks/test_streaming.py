@@ -223,17 +223,23 @@ def test_wrong_guesses_are_made_good(tmp_path: Path, blend: bool) -> None:
     np.testing.assert_allclose(kept.column("confidence"), 1 - xyz[:, 2] / 200, rtol=1e-4)
 
 
+@pytest.mark.parametrize("guess", ["usual", "none"])
 @pytest.mark.parametrize("blend", [False, True])
-def test_late_discoveries_change_nothing(tmp_path: Path, blend: bool) -> None:
+def test_late_discoveries_change_nothing(
+    tmp_path: Path, scan: Path, blend: bool, guess: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The result is that of a plan which knew the place of every chunk from the start."""
-    index = LasIndex.open(misleading(tmp_path / "stray.laz"))
+    index = LasIndex.open(misleading(tmp_path / "stray.laz") if guess == "usual" else scan / "a.laz")
+    if guess == "none":  # whole tiles are found late
+        points = (lambda index, first: (np.concatenate([first, first], 1), np.zeros(len(first), bool)),)
+        monkeypatch.setattr("pc3d.data.tile_plan._guess", *points)
 
     def predict(cloud: Points, generator: torch.Generator) -> torch.Tensor:
         return torch.rand(2, generator=generator).softmax(0).expand(cloud.num_points, 2)  # another one in every tile
 
     options = {"side": 30, "halo": 12, "blend": blend, "keep_probabilities": True}
     lazy, found = predictor(index, tmp_path / "lazy", None, predict, **options)
-    assert lazy.run().repeated > 0
+    assert lazy.run().repeated > 0 or guess == "none"
     knowing, expected = predictor(index, tmp_path / "knowing", None, predict, **options)
     for number in range(len(index.file)):
         xy = coordinates(index.files[0].header, index.records(number))[:, :2]
