@@ -118,33 +118,28 @@ class TilePlan:
         b = self.bounds
         return np.flatnonzero((b[:, 0] <= x_end) & (b[:, 2] >= x) & (b[:, 1] <= y_end) & (b[:, 3] >= y))
 
-    def learn(self, number: int, xy: Floats) -> bool:
-        """Take the true bounds of a decoded chunk; whether they reach beyond what was believed.
+    def learn(self, number: int, xy: Floats) -> None:
+        """Take the true bounds of a decoded chunk, and make sure that there are tiles for all of its points.
 
         A file whose chunks reach further than guessed gets wider guesses for the chunks not seen yet.
         """
         true = np.concatenate([xy.min(0), xy.max(0)])
         before, was_known = self.bounds[number].copy(), bool(self.known[number])
         self.bounds[number], self.known[number] = true, True
+        self.cover(true)
         beyond = float(np.maximum(before[:2] - true[:2], true[2:] - before[2:]).max())
-        if beyond <= 0:
-            return False
-        if not was_known:
+        if beyond > 0 and not was_known:
             guessed = (self._file == self._file[number]) & ~self.known
             self.bounds[guessed] += beyond * np.array([-1, -1, 1, 1])
-        return True
 
-    def cover(self, bounds: Floats) -> list[Tile]:
-        """Make sure that there are tiles wherever points may be; the new ones."""
+    def cover(self, bounds: Floats) -> None:
+        """Make sure that there are tiles wherever points may be."""
         first, last = np.floor(self.place(bounds.reshape(2, 2))).astype(int)
-        new = [
-            tile
-            for column in range(first[0], last[0] + 1)
-            for row in range(first[1], last[1] + 1)
-            if (tile := Tile(0, column, row)) not in self.leaves and tile not in self._halved
-        ]
-        self.leaves.update(new)
-        return new
+        for column in range(first[0], last[0] + 1):
+            for row in range(first[1], last[1] + 1):
+                tile = Tile(0, column, row)
+                if tile not in self._halved:
+                    self.leaves.add(tile)
 
     def leaves_at(self, bounds: Floats, margin: float) -> list[Tile]:
         """Leaves whose square, widened by a margin in metres, meets a box."""

@@ -274,8 +274,7 @@ class StreamingPredictor:
     def _take_bounds(self, number: int, bounds: list[float]) -> None:
         self._learned.add(number)
         corners = np.array(bounds).reshape(2, 2)
-        if self.plan.learn(number, corners):
-            self.plan.cover(corners.reshape(4))
+        self.plan.learn(number, corners)
         for leaf in self.plan.leaves_at(corners.reshape(4), self.plan.halo):
             if leaf in self._done and number not in self._done[leaf].listed:
                 self._reopen(leaf)

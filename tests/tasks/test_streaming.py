@@ -244,7 +244,6 @@ def test_late_discoveries_change_nothing(
     for number in range(len(index.file)):
         xy = coordinates(index.files[0].header, index.records(number))[:, :2]
         knowing.plan.learn(number, xy)
-        knowing.plan.cover(np.concatenate([xy.min(0), xy.max(0)]))
     assert knowing.run().repeated == 0
     assert np.array_equal(found.column("probabilities"), expected.column("probabilities"))
 
