@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-EXTRAS := las,plots,logging,h5,baseline,dev
+EXTRAS := las,plots,logging,h5,mesh,baseline,dev
 
 .PHONY: help setup demo test test-slow test-gpu sanitize lint format bench clean
 

@@ -7,6 +7,7 @@ from pc3d.datasets.medpoints import MedPointS
 from pc3d.datasets.modelnet40 import ModelNet40
 from pc3d.datasets.mosd import MOSD
 from pc3d.datasets.nuscenes import NuScenes
+from pc3d.datasets.occupancy import OccupancyRooms, ShapeNetOccupancy
 from pc3d.datasets.s3dis import S3DIS
 from pc3d.datasets.scannet import ScanNet
 from pc3d.datasets.scanobjectnn import ScanObjectNN
@@ -15,6 +16,7 @@ from pc3d.datasets.shapenet55 import ShapeNet55
 from pc3d.datasets.shapenet_part import ShapeNetPart
 from pc3d.datasets.synthetic_rooms import SyntheticRooms
 from pc3d.datasets.synthetic_shapes import SyntheticShapes
+from pc3d.datasets.synthetic_solids import SyntheticSolids
 from pc3d.datasets.synthetic_streets import SyntheticStreets
 from pc3d.datasets.waymo import Waymo
 
@@ -28,13 +30,16 @@ __all__ = [
     "ModelNet40",
     "ModelNetFewShot",
     "NuScenes",
+    "OccupancyRooms",
     "ScanNet",
     "ScanObjectNN",
     "SemanticKITTI",
     "ShapeNet55",
+    "ShapeNetOccupancy",
     "ShapeNetPart",
     "SyntheticRooms",
     "SyntheticShapes",
+    "SyntheticSolids",
     "SyntheticStreets",
     "Waymo",
 ]

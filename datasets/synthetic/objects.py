@@ -12,6 +12,7 @@ import torch
 from pc3d.datasets.meta import facts
 from pc3d.datasets.synthetic.organs import ORGANS, body
 from pc3d.datasets.synthetic.shapes import SHAPES, Array, Pieces, Rng, scan
+from pc3d.datasets.synthetic.solids import SOLIDS, Solid, cuboid, fitted, joined, surface_and_space
 from pc3d.errors import InputError
 from pc3d.io import write
 from pc3d.points import Points
@@ -147,6 +148,52 @@ def medpoints(root: Path, seed: int = 0) -> None:
             np.savetxt(folder / f"{kind}_label" / f"body_{fold}.seg", values)
 
 
+def shapenet_occupancy(root: Path, seed: int = 0) -> None:
+    """Solids under three synsets of ShapeNet, in half precision and packed bits."""
+    for synset in ("02691156", "03001627", "04379243"):
+        for split, each in (("train", 4), ("val", 2), ("test", 2)):
+            models = []
+            for number in range(each):
+                rng = np.random.default_rng([8, seed, int(synset), len(split), number])
+                solid = fitted(list(SOLIDS.values())[number % len(SOLIDS)](rng), rng)
+                models.append(f"{rng.integers(1 << 62):032x}")
+                folder = root / synset / models[-1]
+                _write_occupancy(folder / "pointcloud.npz", folder / "points.npz", solid, rng)
+            (root / synset / f"{split}.lst").write_text("\n".join(models))
+
+
+def occupancy_rooms(root: Path, seed: int = 0) -> None:
+    """Rooms of solids on a floor, y up; two pairs of files each."""
+    for objects in (4, 5):
+        base = root / f"rooms_0{objects}"
+        for split, each in (("train", 2), ("val", 1), ("test", 1)):
+            models = []
+            for number in range(each):
+                rng = np.random.default_rng([9, seed, objects, len(split), number])
+                things = [
+                    fitted(SOLIDS[str(rng.choice(list(SOLIDS)))](rng), rng).moved(
+                        np.eye(3), 0.25, np.array([*rng.uniform(-0.35, 0.35, 2), 0.0])[[0, 2, 1]]
+                    )
+                    for _ in range(objects)
+                ]
+                floor = cuboid((0.95, 0.05, 0.95)).moved(np.eye(3), 1.0, np.array([0, -0.14, 0]))
+                models.append(f"{number:08d}")
+                for pair in range(2):
+                    folder, ending = base / models[-1], f"_{pair:02d}.npz"
+                    files = folder / "pointcloud" / f"pointcloud{ending}", folder / "points_iou" / f"points_iou{ending}"
+                    _write_occupancy(*files, joined([floor, *things]), rng)
+            (base / f"{split}.lst").write_text("\n".join(models))
+
+
+def _write_occupancy(on_surface: Path, in_space: Path, solid: Solid, rng: Rng) -> None:
+    points, normals, around, inside = surface_and_space(solid, 2000, 4000, rng)
+    for path in (on_surface, in_space):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    loc, scale = np.zeros(3), np.array(1.0)
+    np.savez(on_surface, points=points.astype("f2"), normals=normals.astype("f2"), loc=loc, scale=scale)
+    np.savez(in_space, points=around.astype("f2"), occupancies=np.packbits(inside), loc=loc, scale=scale)
+
+
 def _upright(pieces: Pieces, count: int, rng: Rng, turned: bool = False) -> tuple[Array, Array, Array]:
     """A scan with y up, in the unit sphere; ``turned`` about y at random."""
     coord, normal, part = scan(pieces, count, rng, 0.004)
@@ -179,4 +226,6 @@ FIXTURES: dict[str, Callable[[Path, int], None]] = {
     "shapenetpart": shapenetpart,
     "shapenet55": shapenet55,
     "medpoints": medpoints,
+    "shapenet-occupancy": shapenet_occupancy,
+    "occupancy-rooms": occupancy_rooms,
 }

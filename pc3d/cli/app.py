@@ -20,6 +20,7 @@ COMMANDS: dict[str, str] = {
     "probe": "a linear classifier on the features of a pre-training",
     "evaluate": "score saved predictions, of one run or several together",
     "predict": "label your own clouds with a checkpoint",
+    "reconstruct": "make surfaces of your own clouds with a checkpoint",
     "export": "convert clouds, or a checkpoint to safetensors",
     "convert": "published checkpoints to ours, and back",
     "overview": "a map of scans larger than memory",
@@ -86,7 +87,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _overview() -> str:
-    lines = [f"  {name:<9}{summary}" for name, summary in COMMANDS.items()]
+    lines = [f"  {name:<12}{summary}" for name, summary in COMMANDS.items()]
     return "\n".join(["usage: pc3d <command> ...", "", "Deep learning on 3D point clouds.", "", *lines, "", _EXAMPLE])
 
 
@@ -99,6 +100,7 @@ def _quiet() -> None:
         ".*args parameter is intended to run from within Python.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*LeafSpec.*",
+        ".*module\\(s\\) in eval mode at the start.*",  # frozen ones: tasks set the modes
         ".*across ranks is zero.*",  # training without validation clouds
     ):
         warnings.filterwarnings("ignore", message=text)

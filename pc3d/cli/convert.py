@@ -31,7 +31,7 @@ tuned from (--base) and its bank (--bank). To .pth, a checkpoint of this package
 def main(arguments: list[str]) -> int:
     parser = Parser(
         "convert",
-        "Convert checkpoints of Pointcept, OpenPCDet, Sonata, LitePT, ConDaFormer, E-3DSNN, flemme, Point-MAE and kin.",
+        "Convert checkpoints of Pointcept, OpenPCDet, Sonata, LitePT, ConDaFormer, E-3DSNN, GridFormer, Point-MAE, ...",
         EXAMPLES,
     )
     parser.add_argument("input", metavar="INPUT", help="a published .pth; or a checkpoint of this package to go back")
@@ -107,10 +107,20 @@ def _load(
 
     ``onto_base``: the backbone holds what the file was tuned from.
     """
-    from pc3d.models import E3DSNN, ConDaFormer, PointSSM, PointViT, ScatterFormer, SparseUNet
+    from pc3d.models import (
+        E3DSNN,
+        ConDaFormer,
+        GridFormer,
+        GridFormerDecoder,
+        PointSSM,
+        PointViT,
+        ScatterFormer,
+        SparseUNet,
+    )
     from pc3d.models.convert import (
         import_condaformer,
         import_e3dsnn,
+        import_gridformer,
         import_openpcdet,
         import_point_ssm,
         import_point_vit,
@@ -139,6 +149,9 @@ def _load(
     try:
         if isinstance(task, Pretraining):
             import_pretraining(state, task.backbone, task.method)
+            return None, True
+        if isinstance(task.backbone, GridFormer) and isinstance(task.decoder, GridFormerDecoder):
+            import_gridformer(state, task.backbone, task.decoder)
             return None, True
         if isinstance(task.backbone, PointViT):
             import_point_vit(state, task.backbone, _head(task) if with_head else None, onto_base)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pc3d.cli.parser import Parser, suggest
-from pc3d.cli.predict import _columns
+from pc3d.cli.predict import parse_columns
 from pc3d.errors import InputError
 
 EXAMPLES = """\
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
     from pc3d.data.check import check_folder
     from pc3d.io import atomic_write
 
-    report = check_folder(Path(options.folder), options.labels, options.label_field, _columns(options.columns))
+    report = check_folder(Path(options.folder), options.labels, options.label_field, parse_columns(options.columns))
     report.print()
     if options.json:
         with atomic_write(options.json) as temporary:

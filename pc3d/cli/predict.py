@@ -45,19 +45,29 @@ def main(arguments: list[str]) -> int:
     from pc3d.cli.predict_boxes import SUFFIXES, detect_file
     from pc3d.cli.predict_objects import ClassTable, complete_file, refuse_foreign_options
     from pc3d.cli.predict_stream import stream_files, wants_stream
-    from pc3d.tasks import Classification, Completion, Detection, Pretraining, SemanticSegmentation, load_task
+    from pc3d.tasks import (
+        Classification,
+        Completion,
+        Detection,
+        Pretraining,
+        Reconstruction,
+        SemanticSegmentation,
+        load_task,
+    )
 
     inputs, output = [Path(name) for name in options.inputs], Path(options.output)
     found = find_inputs(inputs)
     task, pipeline, card = load_task(options.ckpt, trust=options.trust)
     if isinstance(task, Pretraining):
         raise InputError(f"{options.ckpt}: is pre-trained only; fine-tune it: pc3d train --init_from {options.ckpt}")
+    if isinstance(task, Reconstruction):
+        raise InputError(f"{options.ckpt}: reconstructs surfaces: use pc3d reconstruct")
     refuse_foreign_options(task, options, _parser())
     streamed = wants_stream(options, [source for source, _ in found], type(task) is SemanticSegmentation)
     table = ClassTable(output, task, options.probabilities) if isinstance(task, Classification) else None
     more = SUFFIXES if isinstance(task, Detection) else (".label",)
     jobs = [(source, output) for source, _ in found] if table else plan_jobs(inputs, output, options.format, more)
-    task.to(_device(options.device, torch))
+    task.to(choose_device(options.device, torch))
     if streamed:
         for line in stream_files(jobs, task, pipeline, card, options):
             print(line)
@@ -153,7 +163,7 @@ def plan_jobs(
         own = source.suffix.lower()
         plain = name.with_name(re.sub(r"\.copc(?=\.laz$)", "", name.name, flags=re.IGNORECASE))  # no octree is written
         jobs.append((source, output / plain.with_suffix(wanted or (own if own in writable else ".ply"))))
-    _check_targets(jobs)
+    check_targets(jobs)
     return jobs
 
 
@@ -179,7 +189,7 @@ def find_inputs(inputs: Sequence[Path]) -> list[tuple[Path, Path]]:
     return found
 
 
-def _check_targets(jobs: Sequence[tuple[Path, Path]]) -> None:
+def check_targets(jobs: Sequence[tuple[Path, Path]]) -> None:
     sources = {source.resolve() for source, _ in jobs}
     seen: dict[Path, Path] = {}
     for source, target in jobs:
@@ -190,7 +200,7 @@ def _check_targets(jobs: Sequence[tuple[Path, Path]]) -> None:
             raise InputError(f"{target}: would hold the labels of both {other} and {source}")
 
 
-def _device(name: str, torch: Any) -> Any:
+def choose_device(name: str, torch: Any) -> Any:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -213,7 +223,7 @@ def predict_file(source: Path, target: Path, task: Any, pipeline: Any, card: Any
     from pc3d.tasks import InstanceSegmentation, labels_of, predict_cloud
     from pc3d.tasks.augmentations import augmentation_passes
 
-    points = read(source, columns=_columns(options.columns), invalid=options.invalid)
+    points = read(source, columns=parse_columns(options.columns), invalid=options.invalid)
     points = with_category(points, task, options.category)
     probabilities = predict_cloud(
         task,
@@ -292,7 +302,7 @@ def label_codes(labels: Tensor, label_map: dict[int, int] | None) -> Tensor:
     return table[labels]
 
 
-def _columns(names: str | None) -> int | list[str] | None:
+def parse_columns(names: str | None) -> int | list[str] | None:
     if names is None or not names.isdigit():
         return None if names is None else names.split(",")
     return int(names)

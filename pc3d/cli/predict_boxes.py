@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pc3d.cli.predict import _columns, _family
+from pc3d.cli.predict import _family, parse_columns
 from pc3d.data.boxes import Boxes, kitti_results
 from pc3d.data.pipeline import Pipeline
 from pc3d.datasets.kitti_object import image_size
@@ -31,7 +31,7 @@ def detect_file(source: Path, target: Path, task: Detection, pipeline: Pipeline,
     Raises:
         InputError: for a result file without a calibration, besides what reading and detecting say.
     """
-    points = read(source, columns=_columns(options.columns), invalid=options.invalid)
+    points = read(source, columns=parse_columns(options.columns), invalid=options.invalid)
     calibration = _calibration(source, options.calib)
     size = image_size(source.parent.parent / "image_2" / f"{source.stem}.png")
     if calibration is not None:  # a detector of KITTI has never seen what the camera does not

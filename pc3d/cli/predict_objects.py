@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pc3d.cli.parser import Parser, suggest
-from pc3d.cli.predict import _columns
+from pc3d.cli.predict import parse_columns
 from pc3d.data.pipeline import Pipeline
 from pc3d.errors import InputError
 from pc3d.io import read, write
@@ -54,7 +54,7 @@ class ClassTable:
 
     def add(self, source: Path, pipeline: Pipeline, options: argparse.Namespace) -> str:
         """Classify one file; returns a line that says what it is."""
-        points = read(source, columns=_columns(options.columns), invalid=options.invalid)
+        points = read(source, columns=parse_columns(options.columns), invalid=options.invalid)
         points = with_category(points, self.task, options.category)
         passes = [[]] if options.tta == "none" else augmentation_passes(options.tta)
         values = classify(self.task, pipeline, points, passes, torch.Generator().manual_seed(0)).cpu()
@@ -73,7 +73,7 @@ class ClassTable:
 
 def complete_file(source: Path, target: Path, task: Completion, pipeline: Pipeline, options: argparse.Namespace) -> str:
     """Complete one file; returns a line that says what was written."""
-    points = read(source, columns=_columns(options.columns), invalid=options.invalid)
+    points = read(source, columns=parse_columns(options.columns), invalid=options.invalid)
     points = with_category(points, task, options.category)
     made = complete(task, pipeline, points, torch.Generator().manual_seed(0)).cpu()
     meta = [{"name": source.stem, "origin": points.meta[0].get("origin", (0.0, 0.0, 0.0))}]

@@ -50,6 +50,8 @@ def main(arguments: list[str]) -> int:
         "scanobjectnn-obj-bg": partial(datasets.ScanObjectNN, variant="OBJ_BG"),
         "shapenetpart": datasets.ShapeNetPart,
         "shapenet55": datasets.ShapeNet55,
+        "shapenet-occupancy": datasets.ShapeNetOccupancy,
+        "occupancy-rooms": datasets.OccupancyRooms,
         "medpoints": datasets.MedPointS,
         "medpoints-segmentation": partial(datasets.MedPointS, task="segmentation"),
         "medpoints-completion": partial(datasets.MedPointS, task="completion"),

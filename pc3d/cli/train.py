@@ -107,11 +107,13 @@ def _how_to_resume(arguments: list[str], folder: Path) -> str:
 
 
 def _report(folder: Path, model: PointTask) -> None:
-    from pc3d.tasks import Pretraining
+    from pc3d.tasks import Pretraining, Reconstruction
 
     best = next((path for name in ("best", "last") if (path := folder / CHECKPOINTS / f"{name}.ckpt").is_file()), None)
     print(f"figures: {folder}/summary.json, pictures: {folder}/pictures, logs: {folder}/logs")
     if best is not None and isinstance(model, Pretraining):
         print(f"fine-tune it: pc3d train --config CONFIG --init_from {best}")
+    elif best is not None and isinstance(model, Reconstruction):
+        print(f"reconstruct a cloud of your own: pc3d reconstruct CLOUD --ckpt {best} -o surface.ply")
     elif best is not None:
         print(f"label a cloud of your own: pc3d predict CLOUD --ckpt {best} -o labelled.ply")

@@ -7,6 +7,7 @@ from pc3d.losses.cross_entropy import CrossEntropy
 from pc3d.losses.dice import Dice
 from pc3d.losses.focal import Focal
 from pc3d.losses.lovasz import Lovasz
+from pc3d.losses.occupancy import MarginOccupancy
 from pc3d.losses.poly_focal import PolyFocal
 from pc3d.losses.weighting import ClassWeighting
 
@@ -22,6 +23,7 @@ __all__ = [
     "Focal",
     "Loss",
     "Lovasz",
+    "MarginOccupancy",
     "PolyFocal",
     "WeightedLoss",
 ]

@@ -6,6 +6,7 @@ from pc3d.metrics.few_shot import FewShotScore, few_shot_score
 from pc3d.metrics.instances import Instances
 from pc3d.metrics.panoptic import PanopticQuality, PanopticScores
 from pc3d.metrics.part_errors import PartErrors, PartMisclassification
+from pc3d.metrics.reconstruction import ReconstructionMetrics, SurfaceScores, mesh_scores, occupancy_iou, point_scores
 from pc3d.metrics.s3dis_instances import CoverageScores, InstanceCoverage
 from pc3d.metrics.scannet_instances import InstanceAveragePrecision, InstanceScores
 from pc3d.metrics.segmentation import SegmentationMetrics, SegmentationScores, scores_from_confusion
@@ -26,10 +27,15 @@ __all__ = [
     "PanopticScores",
     "PartErrors",
     "PartMisclassification",
+    "ReconstructionMetrics",
     "SegmentationMetrics",
     "SegmentationScores",
     "ShapePartIoU",
     "ShapePartScores",
+    "SurfaceScores",
     "few_shot_score",
+    "mesh_scores",
+    "occupancy_iou",
+    "point_scores",
     "scores_from_confusion",
 ]

@@ -93,7 +93,7 @@ class Cells:
 
     def mean(self, feat: Tensor) -> Tensor:
         """``(B, C, R, ..., R)`` mean of ``(N, C)`` features in each cell, zeros in empty ones."""
-        return self.dense(segment_mean(feat[self.order], self.offsets))
+        return self.dense(segment_mean(feat.index_select(0, self.order), self.offsets))
 
 
 class Places:
@@ -109,11 +109,10 @@ class Places:
         self.clouds = len(offsets) - 1
         counts = offsets.diff()
         self._cloud = torch.repeat_interleave(counts, output_size=len(unit))
-        self._column = torch.arange(len(unit), device=unit.device) - offsets[self._cloud]
         width = int(counts.max()) if self.clouds else 0
-        self._padded = unit.new_zeros(self.clouds, width, unit.shape[1]).index_put(
-            (self._cloud, self._column), 2 * unit - 1
-        )
+        self._row = torch.arange(len(unit), device=unit.device) + (self._cloud * width - offsets[self._cloud])
+        padded = unit.new_zeros(self.clouds * width, unit.shape[1]).index_copy(0, self._row, 2 * unit - 1)
+        self._padded = padded.view(self.clouds, width, unit.shape[1])
         self._cells: dict[int, Cells] = {}
 
     def cells(self, resolution: int) -> Cells:
@@ -147,7 +146,8 @@ class Places:
         values = F.grid_sample(
             grid.to(self._padded.dtype), self._padded.view(shape), padding_mode="border", align_corners=True
         )
-        return values.flatten(2)[self._cloud, :, self._column]
+        rows = values.flatten(2).transpose(1, 2).flatten(0, 1)
+        return rows if len(rows) == len(self.unit) else rows.index_select(0, self._row)
 
 
 class CellAttention(nn.Module):
@@ -186,8 +186,8 @@ class CellAttention(nn.Module):
         """
         place = self.position(cells.local)
         query = segment_expand(self.query(cells.read(grid)), cells.offsets, len(key))
-        share = segment_softmax(self.weight(key[cells.order] - query + place), cells.offsets)
-        value = (value[cells.order] + place).view(len(key), self.groups, -1) * share[:, None]
+        share = segment_softmax(self.weight(key.index_select(0, cells.order) - query + place), cells.offsets)
+        value = (value.index_select(0, cells.order) + place).view(len(key), self.groups, -1) * share[:, None]
         return cells.dense(segment_sum(value.flatten(1), cells.offsets))
 
 

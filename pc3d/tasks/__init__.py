@@ -13,12 +13,21 @@ from pc3d.tasks.checkpoint import (
 from pc3d.tasks.classification import Classification, classify
 from pc3d.tasks.completion import Completion, complete
 from pc3d.tasks.detection import Detection, detect
-from pc3d.tasks.heads import CompletionHead, DetectionHead, InstanceHead, InstanceOutput, LinearHead, SegmentationHead
+from pc3d.tasks.heads import (
+    CompletionHead,
+    DetectionHead,
+    InstanceHead,
+    InstanceOutput,
+    LinearHead,
+    OccupancyHead,
+    SegmentationHead,
+)
 from pc3d.tasks.inference import labels_of, predict_cloud
 from pc3d.tasks.instances import InstanceSegmentation
 from pc3d.tasks.optim import OptimizerConfig, ParameterGroup, ScheduleConfig
 from pc3d.tasks.part_segmentation import PartSegmentation
 from pc3d.tasks.pretraining import Pretraining, PretrainingMethod, PretrainingOutput
+from pc3d.tasks.reconstruction import Reconstruction, reconstruct
 from pc3d.tasks.segmentation import SemanticSegmentation
 
 __all__ = [
@@ -32,6 +41,7 @@ __all__ = [
     "InstanceSegmentation",
     "LinearHead",
     "MismatchError",
+    "OccupancyHead",
     "OptimizerConfig",
     "ParameterGroup",
     "PartSegmentation",
@@ -39,6 +49,7 @@ __all__ = [
     "Pretraining",
     "PretrainingMethod",
     "PretrainingOutput",
+    "Reconstruction",
     "ScheduleConfig",
     "SegmentationHead",
     "SemanticSegmentation",
@@ -52,5 +63,6 @@ __all__ = [
     "load_task",
     "predict_cloud",
     "read_checkpoint",
+    "reconstruct",
     "save_export",
 ]

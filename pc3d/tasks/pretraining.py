@@ -71,7 +71,7 @@ class PretrainingMethod(nn.Module, Configurable, ABC, Generic[Network]):
         return dict(state)
 
 
-class Panels(dict[str, Tensor]):
+class Panels(dict[str, Tensor | Points]):
     """Point sets of one cloud by their titles."""
 
     def cpu(self) -> Panels:

@@ -264,28 +264,29 @@ def save_titled_cloud(path: str | Path, points: Points, title: str, right: bool 
     return _save(figure, path)
 
 
-def save_point_sets(path: str | Path, panels: Mapping[str, Tensor], title: str) -> Path:
+def save_point_sets(path: str | Path, panels: Mapping[str, Tensor | Points], title: str) -> Path:
     """Write point sets side by side, seen from one camera and coloured by height.
 
     Args:
-        panels: title -> ``(N, 3)`` points.
+        panels: title -> ``(N, 3)`` points, or a cloud, lit where it has normals.
 
     Raises:
         InputError: as :func:`save_triptych`.
     """
-    sets = {name: points.detach().cpu() for name, points in panels.items()}
-    everything = Points(torch.cat(list(sets.values())))
+    clouds = {name: each if isinstance(each, Points) else Points(each) for name, each in panels.items()}
+    sets = {name: cloud.detach().cpu() for name, cloud in clouds.items()}
+    everything = Points(torch.cat([cloud.coord for cloud in sets.values()]))
     colors, view = point_colors(everything, "height"), choose_view(everything, aspect=1.15)
     figure, start = _figure(4.6 * len(sets), 4.6, path), 0
     for i, (name, points) in enumerate(sets.items()):
-        own = slice(start, start + len(points))
+        own = slice(start, start + points.num_points)
         visible = None if view.visible is None else view.visible[own]
         raster = rasterize(points, (760, 660), replace(view, visible=visible))
         axes = figure.add_subplot(1, len(sets), i + 1)
         axes.imshow(raster.paint(colors[own]))
-        axes.set_title(f"{name}, {_short(len(points))} points", fontsize=13)
+        axes.set_title(f"{name}, {_short(points.num_points)} points", fontsize=13)
         axes.set_axis_off()
-        start += len(points)
+        start += points.num_points
     figure.suptitle(title.rsplit("/", 1)[-1], fontsize=12, color="#56626c", x=0.012, ha="left")
     return _save(figure, path)
 

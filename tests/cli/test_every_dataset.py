@@ -23,6 +23,8 @@ FIXTURES = {  # folder of the configs -> name of the miniature
     "shapenetpart": "shapenetpart",
     "shapenet55": "shapenet55",
     "medpoints": "medpoints",
+    "shapenet_occupancy": "shapenet-occupancy",
+    "occupancy_rooms": "occupancy-rooms",
 }
 VARIANTS = {"seg": "medpoints-segmentation", "completion": "medpoints-completion"}
 SMALLER = {"fewshot": ["--data.dataset.init_args.shot", "5", "--data.dataset.init_args.queries", "2"]}
@@ -73,5 +75,6 @@ def test_every_data_set_has_a_miniature() -> None:
     from pc3d.datasets.synthetic import objects, scenes
 
     assert set(FIXTURES.values()) == set(scenes.FIXTURES) | set(objects.FIXTURES)
-    without = {"synthetic_rooms", "synthetic_shapes", "lidarhd", "mosd"}  # made by procedure, own files, no licence
+    procedural = {"synthetic_rooms", "synthetic_shapes", "synthetic_solids"}
+    without = procedural | {"lidarhd", "mosd"}  # own files, no licence
     assert {path.parent.name for path in CONFIGS} == set(FIXTURES) | without

@@ -7,6 +7,8 @@ import torch
 from harness import Golden, golden_files, needs_gpu
 from torch import Tensor
 
+from pc3d.losses import MarginOccupancy
+from pc3d.metrics import point_scores
 from pc3d.models import GridFormer, GridFormerDecoder
 from pc3d.models.convert import import_gridformer
 from pc3d.points import Points
@@ -52,3 +54,24 @@ def test_every_level_and_the_logits(golden: Golden, device: str) -> None:
             _close(grid, golden.tensor(f"out/{level}/{name}"))
     query, borders = _packed(golden.tensor("in/query").to(device))
     _close(decoder(pyramid, query, borders), golden.tensor("out/logits"))
+
+
+@pytest.mark.parametrize("golden", golden_files("gridformer"))
+def test_margin_losses(golden: Golden) -> None:
+    logits, offsets = _packed(golden.tensor("out/logits"))
+    occupancy, _ = _packed(golden.tensor("in/occ"))
+    for margin, value in golden.meta["margin_loss"].items():
+        assert float(MarginOccupancy(float(margin))(logits, occupancy, offsets)) == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize("golden", golden_files("gridformer"))
+def test_scores_of_points(golden: Golden) -> None:
+    scores = point_scores(
+        *(golden.tensor(f"in/metric_{name}") for name in ("pred", "pred_normals", "gt", "gt_normals"))
+    )
+    published = golden.meta["metrics"]
+    ours = {"accuracy": "accuracy", "completeness": "completeness", "chamfer-L1": "chamfer_l1",
+            "chamfer-L2": "chamfer_l2", "normals": "normal_consistency", "f-score": "f_score",
+            "f-score-15": "f_score_15", "f-score-20": "f_score_20"}  # fmt: skip
+    for theirs, name in ours.items():
+        assert getattr(scores, name) == pytest.approx(published[theirs], rel=1e-6, abs=1e-9), name

@@ -132,6 +132,18 @@ def test_every_trained_parameter_gets_a_gradient(kind: GridKind) -> None:
     assert all(name.startswith("decoder.2.mixing.") for name in frozen)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_networks_run_in_bfloat16(kind: GridKind) -> None:
+    torch.manual_seed(0)
+    network, decoder = GridFormer(3, 8, 8, kind).eval(), GridFormerDecoder(8).eval()
+    batch, query, offsets = shapes([60, 40]), torch.rand(20, 3) - 0.5, torch.tensor([0, 10, 20])
+    with torch.no_grad():
+        expected = decoder(network.encode(batch), query, offsets)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = decoder(network.encode(batch), query, offsets)
+    torch.testing.assert_close(out.float(), expected, atol=0.05, rtol=0.05)
+
+
 def test_wrong_sizes_are_named() -> None:
     with pytest.raises(InputError, match="multiple of 8"):
         GridFormer(3, 12, 16)

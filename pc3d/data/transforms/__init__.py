@@ -24,6 +24,7 @@ from pc3d.data.transforms.geometric import (
     RandomShift,
     UnitShape,
 )
+from pc3d.data.transforms.occupancy import MarkBoundary, ScanAndQueries
 from pc3d.data.transforms.paste import PasteObjects
 from pc3d.data.transforms.presets import IndoorAugment, OutdoorAugment
 from pc3d.data.transforms.sampling import CropBox, FixedPoints, GridSample, RandomDropout, ShufflePoints, SphereCrop
@@ -49,6 +50,7 @@ __all__ = [
     "HeightAboveLowest",
     "IndoorAugment",
     "LocalGeometry",
+    "MarkBoundary",
     "NormalizeColor",
     "OutdoorAugment",
     "PasteObjects",
@@ -62,6 +64,7 @@ __all__ = [
     "RandomScale",
     "RandomShift",
     "ScaleAttribute",
+    "ScanAndQueries",
     "ShufflePoints",
     "SphereCrop",
     "Transform",

@@ -183,16 +183,24 @@ class UnitShape(CloudTransform):
             bounding box goes to the origin, the largest coordinate to 1.
         separate: of a cloud to complete (``target`` 0 and 1), fit either side by itself, as published; default both by
             what is there, the only side that a prediction knows.
+        radius: what distance 1, or coordinate 1, is to be.
+
+    Points in space (``occupancy`` 0 and 1) move with those on the surface (-1), which alone are fitted.
     """
 
-    def __init__(self, fit: Literal["sphere", "box"] = "sphere", separate: bool = False) -> None:
+    def __init__(self, fit: Literal["sphere", "box"] = "sphere", separate: bool = False, radius: float = 1.0) -> None:
         if fit not in ("sphere", "box"):
             raise InputError(f"UnitShape.fit: '{fit}' is neither sphere nor box")
+        if radius <= 0:
+            raise InputError(f"UnitShape.radius: {radius} is not positive")
         self.fit = fit
         self.separate = separate
+        self.radius = radius
 
     def apply(self, cloud: Points, generator: torch.Generator | None) -> Points:
-        there = cloud.get("target") == 0 if "target" in cloud else cloud.coord.new_ones(len(cloud.coord)).bool()
+        there = cloud.coord.new_ones(len(cloud.coord)).bool()
+        for name, side in (("target", 0), ("occupancy", -1)):
+            there = there & (cloud.get(name) == side) if name in cloud else there
         if not bool(there.any()):
             return cloud
         center, scale = self._frame(cloud.coord[there])
@@ -213,7 +221,7 @@ class UnitShape(CloudTransform):
         else:
             center = (coord.amin(0) + coord.amax(0)) / 2
             scale = (coord - center).abs().amax()
-        return center, torch.where(scale > 0, scale, 1)
+        return center, torch.where(scale > 0, scale / self.radius, 1)
 
 
 def from_unit_frame(coord: Tensor, meta: dict[str, Any]) -> Tensor:
