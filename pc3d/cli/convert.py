@@ -134,11 +134,11 @@ def _load(
     if isinstance(task, Detection):
         with_head = any(name.startswith("dense_head.") for name in state)
         try:
-            head = task.head if with_head else None
+            detector = task.head if with_head else None
             if isinstance(task.backbone, ScatterFormer):
-                import_scatterformer(state, task.backbone, head)
+                import_scatterformer(state, task.backbone, detector)
                 return None, with_head
-            return import_openpcdet(state, task.backbone, head, _layout(layout_name)), with_head
+            return import_openpcdet(state, task.backbone, detector, _layout(layout_name)), with_head
         except InputError as error:
             raise InputError(str(error).replace("checkpoint:", f"{source}:", 1)) from None
     published = {"seg_head.", "final.", "classifier.", "decoder.final.", "cls_head_finetune.", "convs3.", "convs3_cls."}
