@@ -324,10 +324,11 @@ def _check_settings(
         raise InputError(
             f"ScatterFormer: channels {channels} must be a multiple of {_POOLING_HEADS} and of num_heads {num_heads}"
         )
-    if len(layers) != 2 or window < 1 or not encoder_channels:
+    if len(layers) != 2 or window < 1:
+        raise InputError(f"ScatterFormer: layers {tuple(layers)} must be two numbers, and window {window} at least 1")
+    if not encoder_channels or any(width % 2 for width in encoder_channels[:-1]):
         raise InputError(
-            f"ScatterFormer: layers {tuple(layers)} must be two numbers, window {window} at least 1, and "
-            f"encoder_channels {tuple(encoder_channels)} at least one width"
+            f"ScatterFormer: encoder_channels {tuple(encoder_channels)} must be widths, all but the last even"
         )
     if grid.shape[2] < 2:
         raise InputError(

@@ -1,4 +1,4 @@
-"""``pc3d convert`` on files of ConDaFormer, E-3DSNN and Point-PEFT, written by the test in their published form."""
+"""``pc3d convert`` on files of ConDaFormer, E-3DSNN, Point-PEFT and ScatterFormer, written in their published form."""
 
 from __future__ import annotations
 
@@ -67,6 +67,44 @@ def test_published_files(model: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     torch.save({"state_dict": backbone}, source)
     assert main(["convert", str(source), str(tmp_path / "not.safetensors"), "--config", str(config)]) == 2
     assert f"{source}: does not fit this" in capsys.readouterr().err
+
+
+def published_detector(task: PointTask) -> dict[str, Tensor]:
+    """A whole ScatterFormer: kernels of spconv and depth-wise ones with z first, parts under OpenPCDet's names."""
+    modules, state = dict(task.named_modules()), {"global_step": torch.ones(1)}
+    parts = {
+        "backbone.encoder": "backbone_3d",
+        "backbone.neck": "backbone_2d",
+        "backbone.vfe": "vfe",
+        "head": "dense_head",
+    }
+    for name, value in task.state_dict().items():
+        owner = modules[name.rpartition(".")[0]]
+        if isinstance(owner, SparseConvolution) and name.endswith("weight"):
+            value = write_kernel(value, owner, KernelLayout.KRSC, "zyx")
+        elif isinstance(owner, DepthwiseSubMConv3d):
+            value = value.reshape(*owner.kernel_size, -1).permute(2, 1, 0, 3)
+        for ours, theirs in parts.items():
+            if name.startswith(f"{ours}."):
+                state[name.replace(ours, theirs, 1)] = value
+    return state
+
+
+def test_published_scatterformer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = CONFIGS.parent / "synthetic_streets" / "det-scatterformer-small.yaml"
+    task = Experiment(["--config", str(config)], lambda parsed: Run(tmp_path)).model
+    for value in task.state_dict().values():
+        value.copy_(torch.rand(value.shape)) if value.is_floating_point() else None
+    state, source, target = published_detector(task), tmp_path / "scatterformer.pth", tmp_path / "ours.safetensors"
+    assert {"backbone_3d.stage1.0.cffn_layers.0.conv_h.weight", "backbone_3d.app.pos_embedding.weight"} <= set(state)
+    torch.save({"model_state": state}, source)
+    assert main(["convert", str(source), str(target), "--config", str(config)]) == 0
+    loaded, _, _ = load_task(target)
+    for name, value in task.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    torch.save({"model_state": {n: v for n, v in state.items() if not n.startswith("dense_head.")}}, source)
+    assert main(["convert", str(source), str(target), "--config", str(config)]) == 0
+    assert "the file has no head" in capsys.readouterr().out
 
 
 def published_vit(task: PointTask, prefix: str = "") -> dict[str, Tensor]:

@@ -183,6 +183,7 @@ def test_config_and_settings() -> None:
         ({"channels": 12}, "multiple of 8"),
         ({"layers": (1,)}, "two numbers"),
         ({"window": 0}, "window 0"),
+        ({"encoder_channels": (7, 8)}, "all but the last even"),
     ):
         with pytest.raises(InputError, match=message):
             network(**changes)
