@@ -7,7 +7,7 @@ import torch
 from clouds import random_points, seeded
 
 from pc3d import InputError, Points
-from pc3d.data.transforms import CropBox, GridSample, RandomDropout, ShufflePoints, SphereCrop
+from pc3d.data.transforms import ColumnCrop, CropBox, GridSample, RandomDropout, ShufflePoints, SphereCrop
 from pc3d.data.transforms.sampling import fnv_keys
 
 SIZE = 0.4
@@ -203,3 +203,31 @@ def test_crop_box_removes_what_point_clip_would_move() -> None:
     cropped = CropBox([*low.tolist(), *high.tolist()])(points)
     inside = ((points.coord >= low) & (points.coord <= high)).all(1)
     assert torch.equal(cropped.get("id"), points.get("id")[inside])
+
+
+def test_column_around_a_point() -> None:
+    points = random_points((600, 0, 500))
+    cropped = ColumnCrop(0.8, more_than=10)(points, seeded())
+    assert cropped.counts[1] == 0
+    for before, after in zip(points, cropped, strict=True):
+        if not before.num_points:
+            continue
+        rows = [before.get("id").tolist().index(i) for i in after.get("id").tolist()]
+        shift = (before.coord[rows] - after.coord)[0]
+        torch.testing.assert_close(before.coord[rows], after.coord + shift)
+        assert shift[2] == 0
+        assert (before.coord[:, :2] == shift[:2]).all(1).any(), "the middle is a point of the cloud"
+        inside = ((before.coord - shift)[:, :2].abs() <= 0.4).all(1)
+        assert inside.nonzero()[:, 0].tolist() == rows
+        assert len(rows) > 10
+        moved = torch.tensor(after.meta[0]["origin"]) - torch.tensor(before.meta[0].get("origin", (0.0, 0.0, 0.0)))
+        torch.testing.assert_close(moved.float(), shift)
+
+
+def test_fullest_of_the_columns_that_were_drawn() -> None:
+    coord = torch.cat([torch.zeros(5, 3), torch.ones(20, 3), 5 * torch.ones(2, 3)])
+    cropped = ColumnCrop(1.0, more_than=100, tries=60)(Points(coord), seeded())
+    assert cropped.num_points == 20
+    for options in ({"size": 0.0}, {"tries": 0}):
+        with pytest.raises(InputError, match="ColumnCrop"):
+            ColumnCrop(**options)  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ def test_effective_number(beta: float) -> None:
     assert weights == pytest.approx([raw[0] / mean, raw[1] / mean, 0, raw[2] / mean], rel=1e-5)
 
 
-@pytest.mark.parametrize(("scheme", "power"), [("inverse", 1), ("inverse_sqrt", 0.5)])
+@pytest.mark.parametrize(("scheme", "power"), [("inverse", 1), ("inverse_sqrt", 0.5), ("inverse_cbrt", 1 / 3)])
 def test_powers(scheme: str, power: float) -> None:
     weights = ClassWeighting(scheme).weights(COUNTS)  # type: ignore[arg-type]
     assert float(weights[1] / weights[0]) == pytest.approx(100**power)

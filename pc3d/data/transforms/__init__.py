@@ -27,7 +27,15 @@ from pc3d.data.transforms.geometric import (
 from pc3d.data.transforms.occupancy import MarkBoundary, ScanAndQueries
 from pc3d.data.transforms.paste import PasteObjects
 from pc3d.data.transforms.presets import IndoorAugment, OutdoorAugment
-from pc3d.data.transforms.sampling import CropBox, FixedPoints, GridSample, RandomDropout, ShufflePoints, SphereCrop
+from pc3d.data.transforms.sampling import (
+    ColumnCrop,
+    CropBox,
+    FixedPoints,
+    GridSample,
+    RandomDropout,
+    ShufflePoints,
+    SphereCrop,
+)
 from pc3d.data.transforms.segments import ChooseSegments, GraphSegments
 
 __all__ = [
@@ -38,6 +46,7 @@ __all__ = [
     "ChromaticJitter",
     "ChromaticTranslation",
     "CloudTransform",
+    "ColumnCrop",
     "Compose",
     "CropBox",
     "DropAttribute",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pc3d.config import Configurable
+from pc3d.errors import InputError
 from pc3d.points import Points
 
 
@@ -69,3 +70,17 @@ def chance(p: float, generator: torch.Generator | None) -> bool:
 def normal_like(values: Tensor, generator: torch.Generator | None) -> Tensor:
     """N(0, 1) in the shape of ``values``, drawn on the CPU, on the device and in the dtype of ``values``."""
     return torch.randn(values.shape, generator=generator).to(values)
+
+
+def check_range(point_range: Sequence[float]) -> tuple[float, ...]:
+    """The six numbers of a box, lower corner first.
+
+    Raises:
+        InputError: if there are not six or a lower one exceeds its upper one.
+    """
+    values = tuple(float(v) for v in point_range)
+    if len(values) != 6 or any(low > high for low, high in zip(values[:3], values[3:], strict=True)):
+        raise InputError(
+            f"point_range must be [xmin, ymin, zmin, xmax, ymax, zmax] with min <= max, got {list(point_range)}"
+        )
+    return values

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pc3d.data.boxes import drop_boxes, mirror_boxes, scale_boxes, shift_boxes, turn_boxes
-from pc3d.data.transforms.base import CloudTransform, Transform, chance, normal_like, uniform
-from pc3d.data.transforms.sampling import check_range
+from pc3d.data.transforms.base import CloudTransform, Transform, chance, check_range, normal_like, uniform
 from pc3d.errors import InputError
 from pc3d.points import Points
 
@@ -41,7 +40,7 @@ class CenterShift(CloudTransform):
         low, high = cloud.coord.amin(0), cloud.coord.amax(0)
         shift = (low + high) / 2
         shift[2] = low[2] if self.apply_z else 0
-        return _lowered(cloud, shift)
+        return lowered(cloud, shift)
 
 
 class PositiveShift(CloudTransform):
@@ -51,10 +50,10 @@ class PositiveShift(CloudTransform):
         if cloud.num_points == 0:
             return cloud
         shift = cloud.coord.amin(0)
-        return _lowered(cloud, shift)
+        return lowered(cloud, shift)
 
 
-def _lowered(cloud: Points, shift: Tensor) -> Points:
+def lowered(cloud: Points, shift: Tensor) -> Points:
     """A cloud whose origin has moved by ``shift`` (3,)."""
     moved = cloud.replace(coord=cloud.coord - shift, meta=[_moved_origin(cloud.meta[0], shift)])
     return shift_boxes(moved, -shift)

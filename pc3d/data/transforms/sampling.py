@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pc3d.data.boxes import box_tensor, take_boxes
-from pc3d.data.transforms.base import CloudTransform, Transform, chance
+from pc3d.data.transforms.base import CloudTransform, Transform, chance, check_range
+from pc3d.data.transforms.geometric import lowered
 from pc3d.errors import InputError
 from pc3d.ops.neighbours import farthest_points, knn
 from pc3d.ops.voxelize import UniqueVoxels, grid_coords, unique_voxels
@@ -176,6 +177,34 @@ class SphereCrop(CloudTransform):
         return cloud.select(torch.argsort(distance, stable=True)[:keep])
 
 
+class ColumnCrop(CloudTransform):
+    """Keep a square column around a random point, which moves to x = y = 0; z stays as it is.
+
+    Args:
+        size: edge of the square in metres.
+        more_than: a column with no more points is drawn again.
+        tries: columns drawn at most; if all have too few points the fullest of them is kept.
+    """
+
+    def __init__(self, size: float = 1.0, more_than: int = 1024, tries: int = 100) -> None:
+        if size <= 0 or tries < 1:
+            raise InputError(f"ColumnCrop: size {size} must be above 0 and tries {tries} at least 1")
+        self.size, self.more_than, self.tries = size, more_than, tries
+
+    def apply(self, cloud: Points, generator: torch.Generator | None) -> Points:
+        if cloud.num_points == 0:
+            return cloud
+        best, middle, most = cloud.coord.new_zeros(0, dtype=torch.bool), cloud.coord[0], -1
+        for _ in range(self.tries):
+            center = cloud.coord[int(torch.randint(cloud.num_points, (1,), generator=generator))]
+            inside = ((cloud.coord - center)[:, :2].abs() <= self.size / 2).all(1)
+            if (count := int(inside.sum())) > most:
+                best, middle, most = inside, center, count
+            if most > self.more_than:
+                break
+        return lowered(cloud.select(best.nonzero()[:, 0]), middle * middle.new_tensor([1.0, 1.0, 0.0]))
+
+
 class FixedPoints(CloudTransform):
     """Keep exactly ``count`` points of a cloud; a smaller one repeats some. An empty cloud stays empty.
 
@@ -278,17 +307,3 @@ class CropBox(Transform):
         center = box_tensor(meta)[:, :3]
         low, high = center.new_tensor(self.point_range).view(2, 3)
         return take_boxes(meta, ((center >= low) & (center <= high)).all(1).nonzero()[:, 0].tolist())
-
-
-def check_range(point_range: Sequence[float]) -> tuple[float, ...]:
-    """The six numbers of a box, lower corner first.
-
-    Raises:
-        InputError: if there are not six or a lower one exceeds its upper one.
-    """
-    values = tuple(float(v) for v in point_range)
-    if len(values) != 6 or any(low > high for low, high in zip(values[:3], values[3:], strict=True)):
-        raise InputError(
-            f"point_range must be [xmin, ymin, zmin, xmax, ymax, zmax] with min <= max, got {list(point_range)}"
-        )
-    return values
