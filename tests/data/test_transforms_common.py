@@ -49,6 +49,7 @@ TRANSFORMS = [
     T.ScaleAttribute("segment", 2.0, 1.0, output="twice"),
     T.ScanAndQueries(40),
     T.ShufflePoints(),
+    T.ColumnCrop(0.5, more_than=5),
     T.SphereCrop(rate=0.4),
     T.UnitShape("box"),
 ]
