@@ -75,10 +75,16 @@ def kitti_ap(
         for d in range(len(DIFFICULTIES)):
             frames = [_Frame.of(gt, dt, name, d) for gt, dt in zip(truth, found, strict=True)]
             counted[c, d] = sum(int((frame.gt_flags == 0).sum()) for frame in frames)
+            rows = [i for i, frame in enumerate(frames) if frame.matters]
+            frames = [frames[i] for i in rows]
             for metric in METRICS:
+                own = [overlaps[metric][i] for i in rows]
+                made: dict[float, tuple[Floats, Floats]] = {}
                 for s in range(2):
                     limit = min_overlap(name, metric, loose=s == 1)
-                    precision, similarity = _curve(frames, overlaps[metric], metric, limit, int(counted[c, d]))
+                    if limit not in made:
+                        made[limit] = _curve(frames, own, metric, limit, int(counted[c, d]))
+                    precision, similarity = made[limit]
                     curves[metric][c, d, s] = precision
                     if metric == "bbox":
                         curves["aos"][c, d, s] = similarity
@@ -112,6 +118,11 @@ class _Frame:
     gt_alpha: Floats
     dt_alpha: Floats
     stuffed: Floats  # (D,) largest share of each detection's image box inside one DontCare box
+
+    @property
+    def matters(self) -> bool:
+        """Whether anything can be hit, missed or wrong."""
+        return bool((self.gt_flags != -1).any() or (self.dt_flags == 0).any())
 
     @staticmethod
     def of(gt: KittiObjects, dt: KittiObjects, name: str, difficulty: int) -> _Frame:

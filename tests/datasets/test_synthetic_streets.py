@@ -23,8 +23,10 @@ def test_frames_are_the_same_from_files(tmp_path: Path) -> None:
     files, made = KITTIObject(str(tmp_path)), SyntheticStreets(seed=5)
     for index in range(2):
         stored, cloud = files.load("train", index), made.load("train", index)
-        for name in ("coord", "strength", "segment", "instance"):
+        for name in ("coord", "strength"):
             assert torch.equal(stored.get(name), cloud.get(name)), name
+        for name in ("segment", "instance"):  # label files have four decimals: points on faces may change sides
+            assert (stored.get(name) != cloud.get(name)).float().mean() < 0.01, name
         assert stored.meta[0]["box_names"] == cloud.meta[0]["box_names"]
         torch.testing.assert_close(box_tensor(stored.meta[0]), box_tensor(cloud.meta[0]), atol=2e-4, rtol=0)
         frame, other = (KittiFrame.of(meta) for meta in (stored.meta[0], cloud.meta[0]))
@@ -69,7 +71,7 @@ def perfect(labels: KittiObjects) -> KittiObjects:
 
 def test_perfect_results_score_100_through_the_metric() -> None:
     data, names = SyntheticStreets(), ["Car", "Pedestrian", "Cyclist"]
-    truth = [labels for index in range(40) if (labels := data.labels("train", index)) is not None]
+    truth = [labels for index in range(25) if (labels := data.labels("train", index)) is not None]
     metric = KittiMetrics(names)
     for labels in truth:
         metric.update(labels, perfect(labels))
