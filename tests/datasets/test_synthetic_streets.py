@@ -71,7 +71,7 @@ def perfect(labels: KittiObjects) -> KittiObjects:
 
 def test_perfect_results_score_100_through_the_metric() -> None:
     data, names = SyntheticStreets(), ["Car", "Pedestrian", "Cyclist"]
-    truth = [labels for index in range(25) if (labels := data.labels("train", index)) is not None]
+    truth = [labels for index in range(40) if (labels := data.labels("train", index)) is not None]
     metric = KittiMetrics(names)
     for labels in truth:
         metric.update(labels, perfect(labels))
