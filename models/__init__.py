@@ -8,6 +8,7 @@ from pc3d.models.backbones.e3dsnn import E3DSNN
 from pc3d.models.backbones.gridformer import GridFormer, GridFormerDecoder
 from pc3d.models.backbones.litept import LitePT
 from pc3d.models.backbones.pcm import PointCloudMamba
+from pc3d.models.backbones.pct import PCT
 from pc3d.models.backbones.point_ssm import PointSSM
 from pc3d.models.backbones.point_vit import PointViT
 from pc3d.models.backbones.pointpillars import PointPillars
@@ -23,6 +24,7 @@ from pc3d.models.height_map import HeightMapNet
 
 __all__ = [
     "E3DSNN",
+    "PCT",
     "SECOND",
     "ConDaFormer",
     "GridFormer",

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from pc3d.errors import InputError
 from pc3d.nn import Backbone
-from pc3d.nn.robust_sampling import FullPointResampler, KeyPoints, KeyPointSampler
+from pc3d.nn.robust_sampling import FullPointResampler, KeyPoints, KeyPointSampler, resampled
 from pc3d.ops.segment import segment_max
 from pc3d.points import Points
 from pc3d.voxels import Voxels
@@ -89,11 +88,4 @@ class PointSP(Backbone):
 
     def _resampled(self, points: Points) -> Points:
         self.check_input(points)
-        if "grid_coord" in points:
-            raise InputError(
-                f"{points.describe()}: points come in cells, which resampling would leave; PointSP wants a pipeline "
-                "with grid_size: null"
-            )
-        points = self.resampler(points)
-        feat = torch.cat([points.coord, points.get("feat")[:, 3:]], 1)
-        return points.with_attrs(feat=feat)
+        return resampled(points, self.resampler)

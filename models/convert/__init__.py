@@ -7,6 +7,7 @@ from pc3d.models.convert.height_map import import_height_map, load_height_map
 from pc3d.models.convert.kernels import KernelLayout
 from pc3d.models.convert.openpcdet import import_openpcdet
 from pc3d.models.convert.pcm import import_point_cloud_mamba
+from pc3d.models.convert.pct import import_pct
 from pc3d.models.convert.point_ssm import import_point_ssm
 from pc3d.models.convert.point_vit import import_point_vit
 from pc3d.models.convert.pointcept import export_pointcept, import_pointcept
@@ -26,6 +27,7 @@ __all__ = [
     "import_gridformer",
     "import_height_map",
     "import_openpcdet",
+    "import_pct",
     "import_point_cloud_mamba",
     "import_point_ssm",
     "import_point_vit",

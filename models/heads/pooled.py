@@ -39,7 +39,7 @@ class MLPHead(SegmentationHead):
     """Hidden layers with batch norm and dropout, then the classes; for features of points or of whole clouds.
 
     ``bias`` gives the hidden layers one before their batch norm, as some published heads have it; others have no
-    ``batch_norm``.
+    ``batch_norm``, or let negative values ``leak`` by this factor.
     """
 
     def __init__(
@@ -50,13 +50,17 @@ class MLPHead(SegmentationHead):
         dropout: float = 0.5,
         bias: bool = False,
         batch_norm: bool = True,
+        leak: float = 0.0,
     ) -> None:
         super().__init__()
         sizes = [in_channels, *widths]
         self.hidden = nn.Sequential(
             *(
                 nn.Sequential(
-                    nn.Linear(a, b, bias), *([nn.BatchNorm1d(b)] if batch_norm else []), nn.ReLU(), nn.Dropout(dropout)
+                    nn.Linear(a, b, bias),
+                    *([nn.BatchNorm1d(b)] if batch_norm else []),
+                    nn.LeakyReLU(leak) if leak else nn.ReLU(),
+                    nn.Dropout(dropout),
                 )
                 for a, b in itertools.pairwise(sizes)
             )

@@ -31,7 +31,7 @@ tuned from (--base) and its bank (--bank). To .pth, a checkpoint of this package
 def main(arguments: list[str]) -> int:
     parser = Parser(
         "convert",
-        "Convert checkpoints of Pointcept, OpenPCDet, Sonata, LitePT, ConDaFormer, E-3DSNN, GridFormer, Point-MAE, ...",
+        "Convert checkpoints of Pointcept, OpenPCDet, Sonata, LitePT, ConDaFormer, E-3DSNN, GridFormer, Point-MAE, PCT ...",
         EXAMPLES,
     )
     parser.add_argument("input", metavar="INPUT", help="a published .pth; or a checkpoint of this package to go back")
@@ -109,6 +109,7 @@ def _load(
     """
     from pc3d.models import (
         E3DSNN,
+        PCT,
         ConDaFormer,
         GridFormer,
         GridFormerDecoder,
@@ -122,6 +123,7 @@ def _load(
         import_e3dsnn,
         import_gridformer,
         import_openpcdet,
+        import_pct,
         import_point_ssm,
         import_point_vit,
         import_pointcept,
@@ -142,6 +144,7 @@ def _load(
         except InputError as error:
             raise InputError(str(error).replace("checkpoint:", f"{source}:", 1)) from None
     published = {"seg_head.", "final.", "classifier.", "decoder.final.", "cls_head_finetune.", "convs3.", "convs3_cls."}
+    published |= {"linear3.", "model.linear3."}  # of PCT
     names = [name.removeprefix("module.").removeprefix("backbone.") for name in state]
     if any(name.startswith("embedding_table.") for name in names):
         return _load_ppt(state, task, source, layout_name), True
@@ -161,6 +164,9 @@ def _load(
             return None, with_head
         if isinstance(task.backbone, E3DSNN):
             import_e3dsnn(state, task.backbone, _head(task) if with_head else None)
+            return None, with_head
+        if isinstance(task.backbone, PCT):
+            import_pct(state, task.backbone, _head(task) if with_head else None)
             return None, with_head
         head, layout = _linear_head(task) if with_head else None, _layout(layout_name)
         if isinstance(task.backbone, SparseUNet):

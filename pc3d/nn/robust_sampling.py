@@ -274,6 +274,21 @@ class FullPointResampler(nn.Module):
         return whole if size >= whole.num_points else whole.select(torch.arange(size, device=cloud.device))
 
 
+def resampled(points: Points, resampler: FullPointResampler) -> Points:
+    """What a network sees: clouds of other sizes, whose first three columns of ``feat`` are their coordinates again.
+
+    Raises:
+        InputError: if the points come in cells.
+    """
+    if "grid_coord" in points:
+        raise InputError(
+            f"{points.describe()}: points come in cells, which resampling would leave; use a pipeline with "
+            "grid_size: null"
+        )
+    points = resampler(points)
+    return points.with_attrs(feat=torch.cat([points.coord, points.get("feat")[:, 3:]], 1))
+
+
 def _denser(cloud: Points) -> Points:
     """One new point for every point of a cloud."""
     rows, squared = knn(cloud.coord, cloud.offsets, cloud.coord, cloud.offsets, NEIGHBOURS)

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Literal
 
 from torch import nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from pc3d.errors import InputError
@@ -36,11 +36,11 @@ class OptimizerConfig:
     """The optimizer and its parameter groups.
 
     Args:
-        name: ``adamw`` or ``sgd`` (with momentum, Nesterov by default).
+        name: ``adamw``, ``adam`` (its decay is part of the gradient) or ``sgd`` (with momentum, Nesterov by default).
         lr: learning rate of the parameters in no group.
         weight_decay: applied to all parameters, biases and norms included, as the published recipes do.
         groups: the first group whose pattern is found in a parameter's name takes it.
-        betas: of AdamW, default (0.9, 0.999).
+        betas: of AdamW and Adam, default (0.9, 0.999).
         momentum: of SGD, default 0.9.
         nesterov: of SGD, default True.
 
@@ -48,7 +48,7 @@ class OptimizerConfig:
         InputError: for a negative rate, or an option which this optimizer does not have.
     """
 
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: float = 2e-3
     weight_decay: float = 5e-3
     groups: list[ParameterGroup] = field(default_factory=list)
@@ -57,7 +57,9 @@ class OptimizerConfig:
     nesterov: bool | None = None
 
     def __post_init__(self) -> None:
-        _refuse_foreign_options(self, "optimizer", {"adamw": {"betas"}, "sgd": {"momentum", "nesterov"}})
+        _refuse_foreign_options(
+            self, "optimizer", {"adamw": {"betas"}, "adam": {"betas"}, "sgd": {"momentum", "nesterov"}}
+        )
         rates = {"lr": self.lr, "weight_decay": self.weight_decay}
         for group in self.groups:
             rates |= {f"groups[{group.pattern}].{key}": getattr(group, key) for key in ("lr", "weight_decay")}
@@ -153,8 +155,9 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[tuple[str, nn.
     for group, params in zip(config.groups, members[1:], strict=True):
         own = {key: getattr(group, key) for key in ("lr", "weight_decay") if getattr(group, key) is not None}
         groups.append({"params": params, "name": group.pattern, **own})
-    if config.name == "adamw":
-        return AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas or (0.9, 0.999))
+    if config.name != "sgd":
+        adam = AdamW if config.name == "adamw" else Adam
+        return adam(groups, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas or (0.9, 0.999))
     momentum = 0.9 if config.momentum is None else config.momentum
     nesterov = momentum > 0 if config.nesterov is None else config.nesterov
     return SGD(groups, lr=config.lr, weight_decay=config.weight_decay, momentum=momentum, nesterov=nesterov)

@@ -8,6 +8,7 @@ from harness import Golden, golden_files
 from torch import Tensor
 from torch.testing import assert_close
 
+from pc3d.models.backbones.pct import group_features
 from pc3d.nn.patches import sample_centres
 from pc3d.nn.robust_sampling import (
     NEIGHBOURS,
@@ -56,6 +57,16 @@ def test_key_points(golden: Golden) -> None:
     # Ours filters as many, none heavier than one that stays.
     left_out = out["ffps_weights_masked"] < 0
     assert left_out.sum(1).tolist() == [size - int(0.95 * size)] * len(left_out)
+
+
+@pytest.mark.parametrize("golden", FILES)
+def test_groups_of_point_cloud_transformer(golden: Golden) -> None:
+    coord, offsets, _ = clouds(golden)
+    rows = (golden.tensor("out/ffps_idx").long() + offsets[:-1, None]).flatten()
+    borders = torch.arange(len(offsets)) * golden.meta["npoint"]
+    near, _ = knn(coord[rows], borders, coord, offsets, 32)
+    found = group_features(golden.tensor("in/feat").flatten(0, 1), rows, near).amax(1)
+    assert_close(found, golden.tensor("out/ffps_group_feat_max").flatten(0, 1), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("golden", FILES)

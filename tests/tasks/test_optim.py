@@ -58,6 +58,16 @@ def test_first_matching_group_takes_a_parameter() -> None:
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.05, 0.0]
 
 
+def test_adam_decays_by_the_gradient() -> None:
+    config = OptimizerConfig("adam", lr=0.1, weight_decay=0.5, betas=(0.8, 0.9))
+    parameter = torch.nn.Parameter(torch.tensor([2.0]))
+    optimizer = build_optimizer(config, [("weight", parameter)])
+    parameter.grad = torch.tensor([-1.0])
+    optimizer.step()  # gradient -1 + 0.5 * 2 = 0: decoupled decay would shrink the weight
+    assert parameter.item() == 2.0
+    assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
+
+
 def test_sgd_has_nesterov_momentum() -> None:
     optimizer = build_optimizer(OptimizerConfig("sgd", lr=0.05, weight_decay=1e-4), Net().named_parameters())
     assert isinstance(optimizer, torch.optim.SGD)
@@ -72,7 +82,7 @@ def test_sgd_has_nesterov_momentum() -> None:
     [
         (lambda: OptimizerConfig("adamw", momentum=0.9), "'adamw' has no option 'momentum' .it has: betas"),
         (lambda: OptimizerConfig("sgd", betas=(0.9, 0.99)), "'sgd' has no option 'betas'"),
-        (lambda: OptimizerConfig("rmsprop"), "'rmsprop' is unknown .known: adamw, sgd"),  # type: ignore[arg-type]
+        (lambda: OptimizerConfig("rmsprop"), "'rmsprop' is unknown .known: adamw, adam, sgd"),  # type: ignore[arg-type]
         (lambda: OptimizerConfig(lr=-1), "optimizer.lr is -1"),
         (lambda: OptimizerConfig(groups=[ParameterGroup("a", weight_decay=-2)]), r"groups\[a\].weight_decay is -2"),
         (lambda: ScheduleConfig("poly", pct_start=0.1), "'poly' has no option 'pct_start' .it has: power, warmup"),
