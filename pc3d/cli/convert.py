@@ -31,7 +31,7 @@ tuned from (--base) and its bank (--bank). To .pth, a checkpoint of this package
 def main(arguments: list[str]) -> int:
     parser = Parser(
         "convert",
-        "Convert checkpoints of Pointcept, OpenPCDet, Sonata, LitePT, ConDaFormer, E-3DSNN, GridFormer, Point-MAE, PCT ...",
+        "Convert checkpoints of Pointcept, OpenPCDet, Sonata, LitePT, ConDaFormer, E-3DSNN, Point-MAE, PCT and others.",
         EXAMPLES,
     )
     parser.add_argument("input", metavar="INPUT", help="a published .pth; or a checkpoint of this package to go back")
@@ -100,6 +100,13 @@ def to_published(source: Path, target: Path, options: Any) -> Path:
     return target
 
 
+# First words of the names of heads in published files.
+_HEADS = (
+    "seg_head.", "final.", "classifier.", "decoder.final.", "cls_head_finetune.", "convs3.", "convs3_cls.", "linear3.",
+    "model.linear3.", "dense_head.",
+)  # fmt: skip
+
+
 def _load(
     state: dict[str, Tensor], task: PointTask, source: Path, layout_name: str | None, onto_base: bool = False
 ) -> tuple[KernelLayout | None, bool]:
@@ -107,78 +114,58 @@ def _load(
 
     ``onto_base``: the backbone holds what the file was tuned from.
     """
-    from pc3d.models import (
-        E3DSNN,
-        PCT,
-        ConDaFormer,
-        GridFormer,
-        GridFormerDecoder,
-        PointSSM,
-        PointViT,
-        ScatterFormer,
-        SparseUNet,
-    )
-    from pc3d.models.convert import (
-        import_condaformer,
-        import_e3dsnn,
-        import_gridformer,
-        import_openpcdet,
-        import_pct,
-        import_point_ssm,
-        import_point_vit,
-        import_pointcept,
-        import_pretraining,
-        import_scatterformer,
-        import_sparse_unet,
-    )
-    from pc3d.tasks import Detection, Pretraining
+    from pc3d.tasks import Pretraining, Reconstruction
 
-    if isinstance(task, Detection):
-        with_head = any(name.startswith("dense_head.") for name in state)
-        try:
-            detector = task.head if with_head else None
-            if isinstance(task.backbone, ScatterFormer):
-                import_scatterformer(state, task.backbone, detector)
-                return None, with_head
-            return import_openpcdet(state, task.backbone, detector, _layout(layout_name)), with_head
-        except InputError as error:
-            raise InputError(str(error).replace("checkpoint:", f"{source}:", 1)) from None
-    published = {"seg_head.", "final.", "classifier.", "decoder.final.", "cls_head_finetune.", "convs3.", "convs3_cls."}
-    published |= {"linear3.", "model.linear3."}  # of PCT
     names = [name.removeprefix("module.").removeprefix("backbone.") for name in state]
-    if any(name.startswith("embedding_table.") for name in names):
-        return _load_ppt(state, task, source, layout_name), True
-    with_head = any(name.startswith(tuple(published)) for name in names)
+    layout, with_head = _layout(layout_name), any(name.startswith(_HEADS) for name in names)
     try:
-        if isinstance(task, Pretraining):
-            import_pretraining(state, task.backbone, task.method)
-            return None, True
-        if isinstance(task.backbone, GridFormer) and isinstance(task.decoder, GridFormerDecoder):
-            import_gridformer(state, task.backbone, task.decoder)
-            return None, True
-        if isinstance(task.backbone, PointViT):
-            import_point_vit(state, task.backbone, _head(task) if with_head else None, onto_base)
-            return None, with_head
-        if isinstance(task.backbone, ConDaFormer):
-            import_condaformer(state, task.backbone, _head(task) if with_head else None)
-            return None, with_head
-        if isinstance(task.backbone, E3DSNN):
-            import_e3dsnn(state, task.backbone, _head(task) if with_head else None)
-            return None, with_head
-        if isinstance(task.backbone, PCT):
-            import_pct(state, task.backbone, _head(task) if with_head else None)
-            return None, with_head
-        head, layout = _linear_head(task) if with_head else None, _layout(layout_name)
-        if isinstance(task.backbone, SparseUNet):
-            return import_sparse_unet(state, task.backbone, head, layout), with_head
-        if isinstance(task.backbone, PointSSM):
-            import_point_ssm(state, task.backbone, head)
-            return None, with_head
-        if _is_pointcept(task.backbone):
-            return import_pointcept(state, task.backbone, head, layout), with_head
+        if any(name.startswith("embedding_table.") for name in names):
+            return _load_ppt(state, task, source, layout), True
+        layout = _import(state, task, source, with_head, layout, onto_base)
     except InputError as error:
         raise InputError(str(error).replace("checkpoint:", f"{source}:", 1)) from None
-    raise InputError(f"{source}: there is no importer for {type(task.backbone).__name__} on the command line")
+    return layout, with_head or isinstance(task, (Pretraining, Reconstruction))  # which have no head of their own
+
+
+def _import(
+    state: dict[str, Tensor],
+    task: PointTask,
+    source: Path,
+    with_head: bool,
+    layout: KernelLayout | None,
+    onto_base: bool,
+) -> KernelLayout | None:
+    from pc3d import models
+    from pc3d.models import convert
+    from pc3d.tasks import Detection, Pretraining, Reconstruction
+
+    backbone: Any = task.backbone  # importers say what does not fit
+    head: Any = task.head if with_head else None
+    if isinstance(task, Pretraining):
+        convert.import_pretraining(state, backbone, task.method)
+    elif isinstance(task, Reconstruction) and isinstance(task.decoder, models.GridFormerDecoder):
+        convert.import_gridformer(state, backbone, task.decoder)
+    elif isinstance(backbone, models.PointViT):
+        convert.import_point_vit(state, backbone, head, onto_base)
+    elif isinstance(backbone, models.ConDaFormer):
+        convert.import_condaformer(state, backbone, head)
+    elif isinstance(backbone, models.E3DSNN):
+        convert.import_e3dsnn(state, backbone, head)
+    elif isinstance(backbone, models.PCT):
+        convert.import_pct(state, backbone, head)
+    elif isinstance(backbone, models.ScatterFormer):
+        convert.import_scatterformer(state, backbone, head)
+    elif isinstance(task, Detection):
+        return convert.import_openpcdet(state, backbone, head, layout)
+    elif isinstance(backbone, models.PointSSM):
+        convert.import_point_ssm(state, backbone, _linear_head(task) if with_head else None)
+    elif isinstance(backbone, models.SparseUNet):
+        return convert.import_sparse_unet(state, backbone, _linear_head(task) if with_head else None, layout)
+    elif _is_pointcept(backbone):
+        return convert.import_pointcept(state, backbone, _linear_head(task) if with_head else None, layout)
+    else:
+        raise InputError(f"{source}: there is no importer for {type(backbone).__name__} on the command line")
+    return None
 
 
 def _fill_bank(task: PointTask, path: Path) -> None:
@@ -203,7 +190,7 @@ def _fill_bank(task: PointTask, path: Path) -> None:
         raise InputError(f"{path}: {error}") from None
 
 
-def _load_ppt(state: dict[str, Tensor], task: PointTask, source: Path, layout_name: str | None) -> KernelLayout:
+def _load_ppt(state: dict[str, Tensor], task: PointTask, source: Path, layout: KernelLayout | None) -> KernelLayout:
     """Fill a jointly trained backbone and the head of its default dataset."""
     from pc3d.models import PTv3, SparseUNet
     from pc3d.models.convert import import_ppt
@@ -212,23 +199,13 @@ def _load_ppt(state: dict[str, Tensor], task: PointTask, source: Path, layout_na
     if not isinstance(task.backbone, (PTv3, SparseUNet)):
         raise InputError(f"{source}: jointly trained; model.backbone must be PTv3 or SparseUNet")
     head = task.head if isinstance(task.head, ClassEmbeddingHead) else _linear_head(task)
-    try:
-        return import_ppt(state, task.backbone, head, layout=_layout(layout_name))
-    except InputError as error:
-        raise InputError(str(error).replace("checkpoint:", f"{source}:", 1)) from None
+    return import_ppt(state, task.backbone, head, layout=layout)
 
 
 def _is_pointcept(backbone: PointNetwork) -> TypeGuard[SerializedUNet]:
     from pc3d.nn.serialized import SerializedUNet
 
     return isinstance(backbone, SerializedUNet)
-
-
-def _head(task: PointTask) -> nn.Module:
-    from torch import nn
-
-    assert isinstance(task.head, nn.Module)
-    return task.head
 
 
 def _linear_head(task: PointTask) -> nn.Linear:
