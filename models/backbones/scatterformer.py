@@ -171,16 +171,18 @@ class WindowLayers(SparseModule):
 class PillarPooling(SparseModule):
     """The voxels of each column, pooled by attention from their maximum.
 
-    As published the maximum counts from 0, and the learned embedding of heights is added to keys but not to values.
+    As recorded of the published network, the maximum is over all heights of a column, of which empty ones count as 0;
+    the learned embedding of heights is added to keys but not to values.
 
     Args:
         channels: width.
         height: voxels of a column.
+        from_zero: the maximum is 0 or more in columns with a voxel at every height too, as with spconv's pooling.
     """
 
-    def __init__(self, channels: int, height: int) -> None:
+    def __init__(self, channels: int, height: int, from_zero: bool = False) -> None:
         super().__init__()
-        self.height = height
+        self.height, self.from_zero = height, from_zero
         self.norm = nn.LayerNorm(channels)
         self.self_attn = nn.MultiheadAttention(channels, _POOLING_HEADS, batch_first=True)
         self.pos_embedding = nn.Embedding(height, channels)
@@ -192,20 +194,21 @@ class PillarPooling(SparseModule):
         clouds = torch.bincount(batch, minlength=voxels.batch_size)
         offsets = torch.cat([clouds.new_zeros(1), clouds.cumsum(0)])
         columns = unique_voxels(torch.stack([y, x, torch.zeros_like(z)], 1), offsets)
-        query = segment_max(voxels.feat[columns.order_rows], columns.row_offsets).relu()
-        pooled = self.pool(query, voxels.feat, columns.inverse, z.long())
+        pooled = self.pool(voxels.feat, columns.inverse, z.long(), len(columns.first))
         coord = voxels.coord[columns.first] * voxels.coord.new_tensor([1, 1, 1, 0])
         shape = None if voxels.spatial_shape is None else (*voxels.spatial_shape[:2], 1)
         sx, sy, sz = triple("stride", voxels.stride)
         return replace(voxels, coord=coord, feat=pooled, stride=(sx, sy, sz * self.height), spatial_shape=shape)
 
-    def pool(self, query: Tensor, feat: Tensor, column: Tensor, height: Tensor) -> Tensor:
-        """``(P, C)`` from one query per column, and features, column and height of all voxels."""
-        if len(query) == 0:  # which MultiheadAttention cannot
-            return query
+    def pool(self, feat: Tensor, column: Tensor, height: Tensor, columns: int) -> Tensor:
+        """``(columns, C)`` from features, column and height of all voxels."""
+        if columns == 0:  # which MultiheadAttention cannot
+            return feat[:0]
         place = column, height
-        values = query.new_zeros(len(query), self.height, query.shape[1]).index_put(place, feat)
+        values = feat.new_zeros(columns, self.height, feat.shape[1]).index_put(place, feat)
         empty = torch.ones_like(values[..., 0], dtype=torch.bool).index_put(place, torch.zeros_like(column).bool())
+        largest = values.amax(1)
+        query = largest.relu() if self.from_zero else largest
         keys = values + self.pos_embedding.weight.to(values.dtype)
         pooled, _ = self.self_attn(query[:, None], keys, values, key_padding_mask=empty, need_weights=False)
         return self.norm(pooled[:, 0] + query)
@@ -221,10 +224,18 @@ class VoxelTransformer(SparseModule):
         layers: layers of each stage.
         window: side of a window in voxels of a stage.
         height: voxels along z, one more than there can be.
+        pool_from_zero: see :class:`PillarPooling`.
     """
 
     def __init__(
-        self, in_channels: int, channels: int, num_heads: int, layers: Sequence[int], window: int, height: int
+        self,
+        in_channels: int,
+        channels: int,
+        num_heads: int,
+        layers: Sequence[int],
+        window: int,
+        height: int,
+        pool_from_zero: bool = False,
     ) -> None:
         super().__init__()
         self.cpe = SparseSequential(
@@ -240,7 +251,7 @@ class VoxelTransformer(SparseModule):
         )
         self.stage2 = SparseSequential(WindowLayers(channels, num_heads, second, window), VoxelBatchNorm(channels))
         halved = (height - 3) // 2 + 1
-        self.app = PillarPooling(channels, (halved + 1) // 2)
+        self.app = PillarPooling(channels, (halved + 1) // 2, pool_from_zero)
 
     def forward(self, voxels: Voxels) -> Voxels:
         *_, (_, last) = self.stages(voxels)
@@ -268,6 +279,8 @@ class ScatterFormer(BevBackbone):
             voxel longer.
         encoder_channels: width after each layer of the voxel encoder.
         neck_units, neck_blocks: of :class:`~pc3d.nn.cascade_ded.CascadeDED`.
+        pool_from_zero: let no column's maximum be negative, as spconv's pooling has it, with which published weights
+            were trained. False reproduces the recorded outputs; only columns with a voxel at every height differ.
 
     The defaults are the published network for Waymo, 4.2 M parameters between voxel encoder and neck.
     """
@@ -285,13 +298,16 @@ class ScatterFormer(BevBackbone):
         encoder_channels: Sequence[int] = (64, 64),
         neck_units: int = 4,
         neck_blocks: Sequence[int] = (2, 1, 1),
+        pool_from_zero: bool = False,
     ) -> None:
         super().__init__()
         _check_settings(grid, channels, num_heads, layers, window, encoder_channels)
         self.in_channels, self.grid, self.out_channels = in_channels, grid, channels
         self.vfe = VoxelEncoder(in_channels, grid, encoder_channels)
         height = grid.shape[2] + 1  # published: one more than there are voxels
-        self.encoder = VoxelTransformer(encoder_channels[-1], channels, num_heads, layers, window, height)
+        self.encoder = VoxelTransformer(
+            encoder_channels[-1], channels, num_heads, layers, window, height, pool_from_zero
+        )
         self.neck = CascadeDED(channels, neck_units, neck_blocks)
 
     def forward(self, points: Points) -> Tensor:

@@ -133,15 +133,15 @@ def test_voxel_features_are_means_centres_and_maxima() -> None:
     assert_close(found.feat, torch.stack([expected[key] for key in sorted(expected)]), rtol=1e-4, atol=1e-5)
 
 
-def test_the_maximum_of_a_full_column_counts_from_zero() -> None:
-    model = network()
-    pooling = model.encoder.app
-    height = pooling.height
+@pytest.mark.parametrize(("missing", "from_zero", "expected"), [(0, False, -1), (0, True, 0), (1, False, 0)])
+def test_the_maximum_of_a_column_counts_empty_heights_as_zero(missing: int, from_zero: bool, expected: float) -> None:
+    pooling = network(pool_from_zero=from_zero).encoder.app
+    height = pooling.height - missing
     coord = torch.stack([torch.tensor([0, 2, 3, z]) for z in range(height)]).int()
     seen: list[Tensor] = []
     pooling.self_attn.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     pooling(Voxels(coord, torch.full((height, 16), -1.0), 1))
-    assert not seen[0].any()
+    assert bool((seen[0] == expected).all())
 
 
 def test_training_moves_every_parameter() -> None:
