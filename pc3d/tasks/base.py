@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from pc3d.config import Configurable
+from pc3d.data.module import PointDataModule
 from pc3d.data.pipeline import Pipeline
 from pc3d.data.prediction import Prediction
 from pc3d.errors import InputError
@@ -172,8 +173,14 @@ class PointTask(pl.LightningModule, Configurable):
 
     def on_fit_start(self) -> None:
         self.train()  # the trainer leaves modes as it finds them: those of a loaded or partly frozen task are not right
-        if self.is_new_fit() and (data := getattr(self.trainer, "datamodule", None)) is not None:
-            prepare(self.backbone, data.some_training_clouds)
+        if self.is_new_fit():
+            prepare(self.backbone, self._training_clouds)
+
+    def _training_clouds(self, count: int) -> Iterator[Points]:
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, PointDataModule):
+            raise InputError("model.peft looks at training clouds first: train with a PointDataModule")
+        return data.some_training_clouds(count)
 
     def is_new_fit(self) -> bool:
         """Whether a training begins, and none is resumed (its step count is restored later than its weights)."""

@@ -197,7 +197,10 @@ def test_a_missing_folder_is_named(folder_config: Path, tmp_path: Path, refused)
         ),
         (["--trainer.max_epochs", "many"], "trainer.max_epochs: expected a whole number or null, got 'many'"),
         (["--data.pipeline.grid_size", "big"], "data.pipeline.grid_size: expected a number or null, got 'big'"),
-        (["--model.optimizer.name", "adam"], "model.optimizer.name: expected Literal['adamw', 'sgd'], got 'adam'"),
+        (
+            ["--model.optimizer.name", "lion"],
+            "model.optimizer.name: expected Literal['adamw', 'adam', 'sgd'], got 'lion'",
+        ),
         (["--model.optimizer.lr", "-1"], "optimizer.lr is -1.0: it must not be negative"),
         (["--data.batch_size", "0"], "data.batch_size: 0 must be at least 1"),
         (["--trainer.accelerator", "gpuu"], "gpuu"),

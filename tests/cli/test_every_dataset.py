@@ -75,6 +75,6 @@ def test_every_data_set_has_a_miniature() -> None:
     from pc3d.datasets.synthetic import objects, scenes
 
     assert set(FIXTURES.values()) == set(scenes.FIXTURES) | set(objects.FIXTURES)
-    procedural = {"synthetic_rooms", "synthetic_shapes", "synthetic_solids"}
+    procedural = {"synthetic_rooms", "synthetic_shapes", "synthetic_solids", "synthetic_streets"}
     without = procedural | {"lidarhd", "mosd"}  # own files, no licence
     assert {path.parent.name for path in CONFIGS} == set(FIXTURES) | without

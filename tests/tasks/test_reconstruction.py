@@ -29,7 +29,7 @@ pytest.importorskip("skimage")
 def task(**options: Any) -> Reconstruction:
     pl.seed_everything(0, verbose=False)
     options = {"threshold": 0.5, "resolution": 8, "steps": 1, "mesh_points": 500, **options}
-    optimizer = OptimizerConfig(lr=1e-2, weight_decay=0.0)
+    optimizer = OptimizerConfig(lr=3e-3, weight_decay=0.0)
     names = ["sphere", "box", "torus", "union"]
     return Reconstruction(GridFormer(3, 8, 8), names, GridFormerDecoder(8), optimizer=optimizer, **options)
 
@@ -47,7 +47,7 @@ def data(boundary: bool = False, **sizes: int) -> PointDataModule:
 
 
 def test_it_learns_is_tested_and_reconstructs_from_its_checkpoint(tmp_path: Path) -> None:
-    module, solids = task(), data()
+    module, solids = task(), data(train=16)
     run = trainer(tmp_path, max_epochs=12, check_val_every_n_epoch=12, callbacks=[ScoreTable(), SavePictures(clouds=1)])
     run.fit(module, datamodule=solids)
     assert run.callback_metrics["val/iou"] > 0.3
