@@ -57,7 +57,11 @@ def prepare(fixture: str, name: str, base: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [c for c in CONFIGS if c.parent.name in FIXTURES], ids=named)
 @pytest.mark.filterwarnings("ignore:.*damaged")
-def test_one_command_trains_on_what_another_prepared(config: Path, prepared: Path, tmp_path: Path) -> None:
+def test_one_command_trains_on_what_another_prepared(
+    config: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "kitti-prepared").symlink_to(prepared / "out-kitti")  # where the configs look for what is pasted
     fixture = FIXTURES[config.parent.name]
     root = prepare(fixture, VARIANTS.get(config.stem.partition("-")[0], fixture), prepared)
     options = ["--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu", "--data.num_workers", "0"]
