@@ -306,6 +306,8 @@ def _tiles(
 
 def point_memory(index: LasIndex, points: ScanPoints, predict: Predict) -> float:
     """Bytes that a point takes while it is predicted, tried on some neighbours in the middle of the scan."""
+    import gc
+
     import numpy as np
     import torch
 
@@ -317,18 +319,19 @@ def point_memory(index: LasIndex, points: ScanPoints, predict: Predict) -> float
     xy = coordinates(index.files[file].header, records)[:, :2]
     near = np.sort(np.argsort(np.abs(xy - xy[len(xy) // 2]).max(1), kind="stable")[:_PROBE])
     cloud = points.cloud([(file, records[near])], "a probe", xy.min(0))
-    before = used_memory()
+    gc.collect()  # or it may set memory free in the middle of the measurement
+    before = own_memory()
     peak = _peak_while(lambda: predict(cloud, torch.Generator().manual_seed(0)))
     return (peak - before) / len(near)
 
 
 def _peak_while(call: Callable[[], Any]) -> int:
-    """Most bytes in use while a call runs, looked at every few milliseconds."""
-    peak, done = [used_memory()], threading.Event()
+    """Most :func:`own_memory` while a call runs, looked at every few milliseconds."""
+    peak, done = [own_memory()], threading.Event()
 
     def watch() -> None:
         while not done.wait(0.003):
-            peak[0] = max(peak[0], used_memory())
+            peak[0] = max(peak[0], own_memory())
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -342,11 +345,23 @@ def _peak_while(call: Callable[[], Any]) -> int:
 
 def used_memory() -> int:
     """Bytes this process holds now; where the system does not tell, the most it ever held."""
+    pages = _pages()
+    return pages[1] * os.sysconf("SC_PAGE_SIZE") if pages else peak_memory()
+
+
+def own_memory() -> int:
+    """As :func:`used_memory` without pages of files, which the system takes back and brings in as it likes."""
+    pages = _pages()
+    return (pages[1] - pages[2]) * os.sysconf("SC_PAGE_SIZE") if pages else peak_memory()
+
+
+def _pages() -> list[int]:
+    """The process's pages: its size, those in memory, those of them that belong to files, ...; empty if not told."""
     try:
         with open("/proc/self/statm", "rb") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            return [int(word) for word in file.read().split()]
     except OSError:
-        return peak_memory()
+        return []
 
 
 def peak_memory() -> int:
