@@ -11,17 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from pc3d.cli.predict_stream import memory_budget, point_memory
+from pc3d.cli.predict_stream import memory_budget
 from pc3d.data.pipeline import Pipeline
 from pc3d.data.transforms import ScaleAttribute
 from pc3d.datasets.synthetic.aerial import write_aerial
 from pc3d.errors import InputError
-from pc3d.io import LasIndex
 from pc3d.models import SparseUNet
-from pc3d.points import Points
 from pc3d.tasks import SemanticSegmentation, save_export
 from pc3d.tasks.checkpoint import CARD, make_card
-from pc3d.tasks.streaming import ScanPoints, StreamingPredictor
+from pc3d.tasks.streaming import StreamingPredictor
 
 laspy = pytest.importorskip("laspy")
 pytest.importorskip("lazrs")
