@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from pc3d.errors import InputError
 from pc3d.models.backbones.gridformer import GridFormer, GridFormerDecoder
-from pc3d.models.convert.state_dict import listing
+from pc3d.models.convert.state_dict import Replacement, joined, load_fitting, renamed
 
 _LAYER = {("0", "0"): 0, ("0", "1"): 1, ("2", "0"): 3, ("2", "1"): 4}  # of the planes' double convolutions
-_NAMES: list[tuple[str, Any]] = [
+_NAMES: list[tuple[str, Replacement]] = [
     (r"^encoder\.fc_pos\.", "backbone.embed."),
     (r"^encoder\.(unet3d\.encoders|unet\.down_convs)\.", "backbone.encoder."),
     (r"^encoder\.(unet3d\.decoders|unet\.up_convs)\.", "backbone.decoder."),
@@ -51,26 +49,11 @@ def import_gridformer(
         InputError: if names are missing or left over, or shapes differ; lists them, and nothing has been loaded then.
     """
     state = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
-    pair = nn.ModuleDict({"backbone": backbone} | ({} if decoder is None else {"decoder": decoder}))
     stored: dict[str, Tensor] = {}
     for name, value in state.items():
-        plain = name.removeprefix("module.")
-        for pattern, ours in _NAMES:
-            plain = re.sub(pattern, ours, plain)
+        plain = renamed(name.removeprefix("module."), _NAMES)
         if plain.endswith("attention.query.weight"):  # a convolution of 1 cell
             value = value.flatten(1)
         if decoder is not None or not plain.startswith("decoder."):
             stored[plain] = value
-    own = pair.state_dict()
-    problems = listing("missing", own.keys() - stored.keys()) + listing("unexpected", stored.keys() - own.keys())
-    problems += listing(
-        "of another shape",
-        [
-            f"{name} {tuple(stored[name].shape)} instead of {tuple(own[name].shape)}"
-            for name in own.keys() & stored.keys()
-            if stored[name].shape != own[name].shape
-        ],
-    )
-    if problems:
-        raise InputError(f"checkpoint: does not fit this GridFormer: {'; '.join(problems)}")
-    pair.load_state_dict(stored)
+    load_fitting(joined(backbone=backbone, decoder=decoder), stored, "GridFormer")

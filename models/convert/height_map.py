@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from pc3d.errors import InputError
-from pc3d.models.convert.state_dict import listing, published_state
+from pc3d.models.convert.state_dict import load_fitting, published_state, renamed
 from pc3d.models.convert.torchscript import is_torchscript, torchscript_state
 from pc3d.models.height_map import HeightMapNet
 from pc3d.tasks import read_checkpoint
@@ -35,22 +32,8 @@ def import_height_map(checkpoint: Mapping[str, Any], network: HeightMapNet) -> N
     Raises:
         InputError: if names are missing or left over, or shapes differ; lists them, and nothing has been loaded then.
     """
-    stored: dict[str, Tensor] = {}
-    for name, value in published_state(checkpoint).items():
-        for pattern, ours in _NAMES:
-            name = re.sub(pattern, ours, name)
-        stored[name] = value
-    own = network.state_dict()
-    shapes = [
-        f"{name} {tuple(stored[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own.keys() & stored.keys()
-        if stored[name].shape != own[name].shape
-    ]
-    problems = listing("missing", own.keys() - stored.keys()) + listing("unexpected", stored.keys() - own.keys())
-    problems += listing("of another shape", shapes)
-    if problems:
-        raise InputError(f"checkpoint: does not fit HeightMapNet: {'; '.join(problems)}")
-    network.load_state_dict(stored)
+    stored = {renamed(name, _NAMES): value for name, value in published_state(checkpoint).items()}
+    load_fitting(network, stored, "HeightMapNet")
 
 
 def load_height_map(path: str | Path) -> HeightMapNet:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
-
 from pc3d.models.convert.kernels import KernelLayout, detect_layout
-from pc3d.models.convert.state_dict import convert_state_dict
+from pc3d.models.convert.state_dict import convert_state_dict, joined, renamed
 from pc3d.nn.bev import BevBackbone
 from pc3d.sparse import SparseConvolution
 from pc3d.tasks.heads import DetectionHead
@@ -47,17 +44,11 @@ def import_openpcdet(
     """
     state = checkpoint.get("model_state", checkpoint.get("state_dict", checkpoint))
     names = [*rename] if head is not None else [(r"^dense_head\..*", ""), *rename]
-    network = nn.ModuleDict({"backbone": backbone} if head is None else {"backbone": backbone, "head": head})
+    network = joined(backbone=backbone, head=head)
     convs = {f"{n}.weight": m for n, m in network.named_modules() if isinstance(m, SparseConvolution)}
     if convs and layout is None:
-        stored = {_renamed(name, names): value for name, value in state.items()}
+        stored = {renamed(name, names): value for name, value in state.items()}
         layout = detect_layout(stored, {n: conv for n, conv in convs.items() if n in stored}, "zyx")
     found = convert_state_dict(state, network, layout or KernelLayout.KRSC, names, "zyx")
     network.load_state_dict(found)
     return layout if convs else None
-
-
-def _renamed(name: str, rename: Sequence[tuple[str, str]]) -> str:
-    for pattern, replacement in rename:
-        name = re.sub(pattern, replacement, name)
-    return name

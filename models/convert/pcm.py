@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pc3d.errors import InputError
 from pc3d.models.backbones.pcm import PointCloudMamba
-from pc3d.models.convert.state_dict import listing
+from pc3d.models.convert.state_dict import joined, listing, load_fitting, renamed
 
 _NAMES = [
     (r"^encoder\.embedding\.net\.", "network.embedding."),
@@ -71,31 +71,22 @@ def import_point_cloud_mamba(
             stored |= {f"network.stages.{i}.pos_proj.weight": value for i in range(shared)}
             continue
         plain = re.sub(r"^prediction\.head\.(\d+)\.", lambda m: _classifier(int(m[1]), last), plain)
-        for pattern, ours in _NAMES:
-            plain = re.sub(pattern, ours, plain)
+        plain = renamed(plain, _NAMES)
         if head is not None or not plain.startswith(("head.", "prediction.")):
             stored[plain] = value
-    pair = nn.ModuleDict({"network": network} | ({} if head is None else {"head": head}))
+    if lacking := listing("orders", set(network.prompt_orders) - prompt_rows.keys() if network.prompts else ()):
+        raise InputError(f"checkpoint: prompt_rows lacks {lacking[0]} of this PointCloudMamba")
+    pair = joined(network=network, head=head)
     own = pair.state_dict()
-    problems = listing("missing", own.keys() - stored.keys()) + listing("unexpected", stored.keys() - own.keys())
-    shapes = [
-        f"{name} {tuple(stored[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own.keys() & stored.keys()
-        if stored[name].numel() != own[name].numel()
-    ]
-    problems += listing("of another shape", shapes)
-    problems += listing(
-        "without prompt rows", set(network.prompt_orders) - prompt_rows.keys() if network.prompts else set()
-    )
-    if problems:
-        raise InputError(f"checkpoint: does not fit this PointCloudMamba: {'; '.join(problems)}")
-    # 1x1 convolutions keep trailing axes of one; the mixers' depth-wise kernels keep their middle one in both.
-    loaded = {name: stored[name].reshape(own[name].shape) for name in own}
-    if network.prompts:
-        table = loaded["network.order_prompt.weight"]
+    for name in stored.keys() & own.keys():
+        # 1x1 convolutions keep trailing axes of one; the mixers' depth-wise kernels keep their middle one in both.
+        if stored[name].numel() == own[name].numel():
+            stored[name] = stored[name].reshape(own[name].shape)
+    table = "network.order_prompt.weight"
+    if network.prompts and table in stored and stored[table].shape == own[table].shape:
         rows = [prompt_rows[order] + i for order in network.prompt_orders for i in range(network.prompts)]
-        loaded["network.order_prompt.weight"] = table[rows]
-    pair.load_state_dict(loaded)
+        stored[table] = stored[table][rows]
+    load_fitting(pair, stored, "PointCloudMamba")
 
 
 def _classifier(index: int, hidden: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import nn
 
 from pc3d.errors import InputError
 from pc3d.models.backbones.pct import PCT
-from pc3d.models.convert.state_dict import listing, published_state, without_kernel
+from pc3d.models.convert.state_dict import joined, load_fitting, published_state, renamed, without_kernel
 
 
 def _mlp(published: str, ours: str) -> list[tuple[str, str]]:
@@ -58,27 +57,13 @@ def import_pct(checkpoint: Mapping[str, Any], network: PCT, head: nn.Module | No
     stored = {}
     state = published_state(checkpoint.get("model_state", checkpoint))
     for name, value in state.items():
-        ours = name
-        for pattern, replacement in _NAMES:
-            ours = re.sub(pattern, replacement, ours)
+        ours = renamed(name, _NAMES)
         if ".k_conv." in name:
             if not torch.equal(value, state.get(name.replace("k_conv", "q_conv"), value[:0])):
                 raise InputError(f"checkpoint: {name} differs from the queries, with which a PCT shares it")
         elif head is not None or not ours.startswith("head."):
             stored[ours] = without_kernel(value)
-    pair = nn.ModuleDict({"network": network} | ({} if head is None else {"head": head}))
-    own = pair.state_dict()
-    bias = "head.hidden.0.0.bias"
-    if bias in own:
-        stored.setdefault(bias, torch.zeros_like(own[bias]))
-    problems = listing("missing", own.keys() - stored.keys()) + listing("unexpected", stored.keys() - own.keys())
-    shared = own.keys() & stored.keys()
-    shapes = [
-        f"{name} {tuple(stored[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in shared
-        if stored[name].shape != own[name].shape
-    ]
-    problems += listing("of another shape", shapes)
-    if problems:
-        raise InputError(f"checkpoint: does not fit this PCT: {'; '.join(problems)}")
-    pair.load_state_dict(stored)
+    bias = None if head is None else head.state_dict().get("hidden.0.0.bias")
+    if bias is not None:
+        stored.setdefault("head.hidden.0.0.bias", torch.zeros_like(bias))
+    load_fitting(joined(network=network, head=head), stored, "PCT")

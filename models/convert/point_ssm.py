@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pc3d.errors import InputError
 from pc3d.models.backbones.point_ssm import PointSSM
-from pc3d.models.convert.state_dict import listing
+from pc3d.models.convert.state_dict import joined, load_fitting, renamed
 
 _NAMES = [
     (r"^encoder\.msg\.(\d+)\.bb\.(\d+)\.building_blocks\.(\d+)\.bb\.", r"network.grouping.\1.scales.\2.\3."),
@@ -60,22 +59,7 @@ def import_point_ssm(checkpoint: Mapping[str, Any], network: PointSSM, head: nn.
         if re.match(_IGNORED, plain):
             continue
         plain = re.sub(rf"^decoder\.fold\.(\d+)\.mlp\.{hidden}\.linear\.", r"head.last.\1.", plain)
-        for pattern, ours in _NAMES:
-            plain = re.sub(pattern, ours, plain)
-        plain = rename_block(plain)
+        plain = rename_block(renamed(plain, _NAMES))
         if head is not None or not plain.startswith("head."):
             stored[plain] = value
-    pair = nn.ModuleDict({"network": network} | ({} if head is None else {"head": head}))
-    own = pair.state_dict()
-    problems = listing("missing", own.keys() - stored.keys()) + listing("unexpected", stored.keys() - own.keys())
-    problems += listing(
-        "of another shape",
-        [
-            f"{name} {tuple(stored[name].shape)} instead of {tuple(own[name].shape)}"
-            for name in own.keys() & stored.keys()
-            if stored[name].shape != own[name].shape
-        ],
-    )
-    if problems:
-        raise InputError(f"checkpoint: does not fit this PointSSM: {'; '.join(problems)}")
-    pair.load_state_dict(stored)
+    load_fitting(joined(network=network, head=head), stored, "PointSSM")

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pc3d.errors import InputError
 from pc3d.models.backbones.point_vit import PointViT
 from pc3d.models.convert.peft import adapter_state, differences
-from pc3d.models.convert.state_dict import listing, published_state, without_kernel
+from pc3d.models.convert.state_dict import joined, load_fitting, published_state, renamed, without_kernel
 from pc3d.nn.adaptable import AdapterPart
 from pc3d.nn.patch_decoders import LevelDecoder
 
@@ -88,30 +87,16 @@ def import_point_vit(
         if pretrained and re.match(_OF_PRETRAINING, ours):
             continue
         ours = re.sub(r"^cls_head_finetune\.(\d+)\.", lambda m: _classifier(int(m[1]), head), ours)
-        for pattern, replacement in names:
-            ours = re.sub(pattern, replacement, ours)
+        ours = renamed(ours, names)
         if head is not None or not ours.startswith("head."):
             stored[ours] = value
-    pair = nn.ModuleDict({"network": network} | ({} if head is None else {"head": head}))
-    own = pair.state_dict()
+    pair = joined(network=network, head=head)
     if adapters:
-        _split_differences(stored, own, onto_base)
-    missing = own.keys() - stored.keys()
-    allowed = _NOT_PRETRAINED if pretrained else _NEVER_PUBLISHED
-    new = {name for name in missing if re.match(allowed, name)}
+        _split_differences(stored, pair.state_dict(), onto_base)
     if pretrained and network.cls_token is None:
         stored = {name: value for name, value in stored.items() if name not in ("network.cls_token", "network.cls_pos")}
-    problems = listing("missing", missing - new) + listing("unexpected", stored.keys() - own.keys())
-    shapes = [
-        f"{name} {tuple(stored[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own.keys() & stored.keys()
-        if without_kernel(stored[name]).shape != own[name].shape
-    ]
-    problems += listing("of another shape", shapes)
-    if problems:
-        raise InputError(f"checkpoint: does not fit this PointViT: {'; '.join(problems)}")
-    pair.load_state_dict({name: without_kernel(value) for name, value in stored.items()}, strict=False)
-    return sorted(new)
+    stored = {name: without_kernel(value) for name, value in stored.items()}
+    return load_fitting(pair, stored, "PointViT", _NOT_PRETRAINED if pretrained else _NEVER_PUBLISHED)
 
 
 def _split_differences(stored: dict[str, Tensor], own: Mapping[str, Tensor], onto_base: bool) -> None:

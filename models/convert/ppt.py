@@ -6,7 +6,6 @@ Wu et al. 2024, "Towards Large-scale 3D Representation Learning with Multi-datas
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from pc3d.models.backbones.sparse_unet import SparseUNet
 from pc3d.models.convert.kernels import KernelLayout
 from pc3d.models.convert.pointcept import import_pointcept
 from pc3d.models.convert.sparse_unet import import_sparse_unet
+from pc3d.models.convert.state_dict import renamed
 from pc3d.models.heads import ClassEmbeddingHead
 
 INDOOR = ("Structured3D", "ScanNet", "S3DIS")
@@ -77,18 +77,12 @@ def import_ppt(
         parts["backbone.embedding_table.weight"] = stored["embedding_table.weight"][rows]
     values = {} if head is None else _head_values(stored, head, backbone.default_condition, conditions)
     if isinstance(backbone, SparseUNet):
-        layout = import_sparse_unet({_renamed(name): v for name, v in parts.items()}, backbone, layout=layout)
+        layout = import_sparse_unet({renamed(name, _RENAME): v for name, v in parts.items()}, backbone, layout=layout)
     else:
         layout = import_pointcept(parts, backbone, layout=layout)
     if head is not None:
         head.load_state_dict(values)
     return layout
-
-
-def _renamed(name: str) -> str:
-    for pattern, replacement in _RENAME:
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 def _head_values(

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
-
 from pc3d.errors import InputError
-from pc3d.models.convert.state_dict import listing, published_state, without_kernel
+from pc3d.models.convert.state_dict import Replacement, joined, load_fitting, published_state, renamed, without_kernel
 from pc3d.models.pretrain import DiscreteVAETraining, PointBERT, PointMAE, PointPQAE
 from pc3d.nn import Backbone
 from pc3d.tasks.pretraining import PretrainingMethod
-
-Replacement = str | Callable[[re.Match[str]], str]
 
 _POINT_MAE: list[tuple[str, Replacement]] = [
     (r"^MAE_encoder\.blocks\.", "backbone."),
@@ -73,21 +68,6 @@ def import_pretraining(checkpoint: Mapping[str, Any], backbone: Backbone, method
         raise InputError(f"checkpoint: there is no importer for {type(method).__name__}")
     stored = {}
     for name, value in published_state(checkpoint).items():
-        for pattern, replacement in _NAMES[type(method)]:
-            name = re.sub(pattern, replacement, name)
-        if name:
-            stored[name] = without_kernel(value)
-    pair = nn.ModuleDict({"backbone": backbone, "method": method})
-    own = pair.state_dict()
-    new = {name for name in own.keys() - stored.keys() if re.search(_NEW.get(type(method), "^$"), name)}
-    shapes = [
-        f"{name} {tuple(stored[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own.keys() & stored.keys()
-        if stored[name].shape != own[name].shape
-    ]
-    problems = listing("missing", own.keys() - stored.keys() - new)
-    problems += listing("unexpected", stored.keys() - own.keys()) + listing("of another shape", shapes)
-    if problems:
-        raise InputError(f"checkpoint: does not fit this {type(method).__name__}: {'; '.join(problems)}")
-    pair.load_state_dict(stored, strict=False)
-    return sorted(new)
+        if ours := renamed(name, _NAMES[type(method)]):
+            stored[ours] = without_kernel(value)
+    return load_fitting(joined(backbone=backbone, method=method), stored, type(method).__name__, _NEW.get(type(method)))

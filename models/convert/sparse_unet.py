@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pc3d.errors import InputError
 from pc3d.models.backbones.sparse_unet import SparseUNet
 from pc3d.models.convert.kernels import KernelLayout, detect_layout, read_kernel, stored_shape, write_kernel
-from pc3d.models.convert.state_dict import listing
+from pc3d.models.convert.state_dict import misfits
 from pc3d.sparse import SparseConvolution, SubMConv3d
 
 
@@ -41,17 +41,11 @@ def import_sparse_unet(
     if head is None:
         stored = {name: value for name, value in stored.items() if not name.startswith("final.")}
     own, convs = _own_state(backbone, head)
-    problems = listing("missing", own.keys() - stored.keys()) + listing("unexpected", stored.keys() - own.keys())
     convs = {name: conv for name, conv in convs.items() if name in stored}
     layout = layout or detect_layout(stored, convs)
-
-    wrong = []
-    for name in own.keys() & stored.keys():
-        expected = stored_shape(convs[name], layout) if name in convs else tuple(own[name].shape)
-        if tuple(stored[name].shape) != expected:
-            wrong.append(f"{name} {tuple(stored[name].shape)} instead of {expected}")
-    problems += listing("of another shape", wrong)
-    if problems:
+    shapes: dict[str, tuple[int, ...]] = {name: tuple(value.shape) for name, value in own.items()}
+    shapes |= {name: stored_shape(conv, layout) for name, conv in convs.items()}
+    if problems := misfits(shapes, stored):
         raise InputError(
             f"checkpoint: does not fit this SparseUNet: {'; '.join(problems)}; "
             "in_channels, channels, layers and the number of classes must be those of the checkpoint"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from pc3d.errors import InputError
 from pc3d.models.convert.kernels import Columns, KernelLayout, check_semantics, read_kernel, stored_shape
 from pc3d.sparse import SparseConvolution
+
+Replacement = str | Callable[[re.Match[str]], str]
 
 # Names an engine gives to what torch calls otherwise: its kernels, and the torch layer inside its norm layers.
 _ENGINE_NAMES: dict[KernelLayout, tuple[tuple[str, str], ...]] = {
@@ -54,26 +56,19 @@ def convert_state_dict(
     }
     for name, conv in convs.items():
         check_semantics(name.removesuffix(".weight"), conv, layout)
-    missing, unexpected = own.keys() - stored.keys(), stored.keys() - own.keys()
-    problems = listing("missing", missing) + listing("unexpected", unexpected) + _nearest(missing, unexpected)
-    wrong = []
-    for name in own.keys() & stored.keys():
-        shape = tuple(own[name].shape)
-        expected = stored_shape(convs[name], layout, columns) if name in convs else shape
-        # MinkowskiEngine and TorchSparse before 2.0 store a bias as (1, C).
-        if tuple(stored[name].shape) not in (expected, (1, *expected) if len(expected) == 1 else expected):
-            wrong.append(f"{name} {tuple(stored[name].shape)} instead of {expected}")
-    problems += listing("of another shape", wrong)
-    if problems:
+    shapes: dict[str, tuple[int, ...]] = {name: tuple(value.shape) for name, value in own.items()}
+    shapes |= {name: stored_shape(conv, layout, columns) for name, conv in convs.items()}
+    for name, value in stored.items():  # MinkowskiEngine and TorchSparse before 2.0 store a bias as (1, C)
+        if name in shapes and len(shapes[name]) == 1 and tuple(value.shape) == (1, *shapes[name]):
+            stored[name] = value[0]
+    if problems := misfits(shapes, stored):
         raise InputError(
             f"checkpoint: does not fit this {type(module).__name__}: {'; '.join(problems)}; "
             "set rename, or build the network with the settings of the checkpoint"
         )
     return {
-        name: read_kernel(stored[name], convs[name], layout, columns).contiguous()
-        if name in convs
-        else stored[name].reshape(target.shape)
-        for name, target in own.items()
+        name: read_kernel(stored[name], convs[name], layout, columns).contiguous() if name in convs else stored[name]
+        for name in own
     }
 
 
@@ -97,11 +92,44 @@ def load_with_head(
     """
     heads = [(pattern, name) if head is not None else (f"{pattern}.*", "") for pattern, name in rename_head]
     names = [(r"^backbone\.", ""), *rename, *heads, (r"^(?=.)(?!head\.)", "network.")]
-    pair = nn.ModuleDict({"network": network} if head is None else {"network": network, "head": head})
+    pair = joined(network=network, head=head)
     try:
         pair.load_state_dict(convert_state_dict(checkpoint, pair, layout, names))
     except InputError as error:
         raise InputError(str(error).replace("ModuleDict", type(network).__name__)) from None
+
+
+def joined(**parts: nn.Module | None) -> nn.ModuleDict:
+    """Modules under names, as one that shares their memory; None for what is not there."""
+    return nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
+
+
+def load_fitting(module: nn.Module, stored: Mapping[str, Tensor], what: str, new: str | None = None) -> list[str]:
+    """Load a state which has the names of ``module`` by now.
+
+    Args:
+        what: the state is for, in errors.
+        new: pattern of names that may be missing and then keep their values.
+
+    Returns:
+        The names that keep their values, sorted.
+
+    Raises:
+        InputError: if other names are missing or left over, or shapes differ; lists them, and nothing has been loaded.
+    """
+    shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    kept = sorted(name for name in shapes.keys() - stored.keys() if new is not None and re.search(new, name))
+    if problems := misfits({name: shape for name, shape in shapes.items() if name not in kept}, stored):
+        raise InputError(f"checkpoint: does not fit this {what}: {'; '.join(problems)}")
+    module.load_state_dict(stored, strict=False)
+    return kept
+
+
+def renamed(name: str, rules: Iterable[tuple[str, Replacement]]) -> str:
+    """A name after every rule in turn, see :func:`re.sub`."""
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def published_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -115,6 +143,18 @@ def without_kernel(value: Tensor) -> Tensor:
     if value.ndim == 4 and value.shape[2:] == (1, 1):
         return value[..., 0, 0]
     return value[..., 0] if value.ndim == 3 and value.shape[0] > 1 and value.shape[2] == 1 else value
+
+
+def misfits(shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, Tensor]) -> list[str]:
+    """In what a state differs from the names and shapes that are wanted, in words; nothing if it fits."""
+    missing, unexpected = shapes.keys() - stored.keys(), stored.keys() - shapes.keys()
+    other = [
+        f"{name} {tuple(stored[name].shape)} instead of {shapes[name]}"
+        for name in shapes.keys() & stored.keys()
+        if tuple(stored[name].shape) != shapes[name]
+    ]
+    problems = listing("missing", missing) + listing("unexpected", unexpected) + _nearest(missing, unexpected)
+    return problems + listing("of another shape", other)
 
 
 def listing(what: str, items: Iterable[str], shown: int = 4) -> list[str]:
@@ -137,9 +177,7 @@ def _nearest(missing: Iterable[str], unexpected: Iterable[str], shown: int = 2) 
 def _renamed(state: Mapping[str, Tensor], layout: KernelLayout, rename: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
     new: dict[str, Tensor] = {}
     for old, value in state.items():
-        name = old.removeprefix("module.")
-        for pattern, replacement in (*_ENGINE_NAMES.get(layout, ()), *rename):
-            name = re.sub(pattern, replacement, name)
+        name = renamed(old.removeprefix("module."), (*_ENGINE_NAMES.get(layout, ()), *rename))
         if name in new:
             raise InputError(f"checkpoint: '{old}' and another entry are both renamed to '{name}'; change rename")
         if name:
