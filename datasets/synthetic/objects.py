@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,7 +82,8 @@ def shapenetpart(root: Path, seed: int = 0) -> None:
     lines = [f"{name}\t{entry['synset']}" for name, entry in known.items()]
     (text / "synsetoffset2category.txt").write_text("\n".join(lines) + "\n")
     for split, each in (("train", 6), ("val", 2), ("test", 2)):
-        listed, arrays = [], {"data": [], "label": [], "pid": []}  # type: ignore[var-annotated]
+        listed: list[str] = []
+        arrays: dict[str, list[Any]] = {"data": [], "label": [], "pid": []}
         for number in range(5 * each):
             name = ["Airplane", "Cap", "Chair", "Mug", "Table"][number % 5]
             rng = np.random.default_rng([4, seed, len(split), each, number])

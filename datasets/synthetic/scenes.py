@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pc3d.data.dataset import Split
 from pc3d.datasets.meta import facts
 from pc3d.datasets.nuscenes import LABEL_MAP
 from pc3d.datasets.s3dis import CLASSES as S3DIS_CLASSES
@@ -128,7 +129,7 @@ def semantic_kitti(root: Path, seed: int = 0) -> None:
                 write_labels(folder / "labels" / f"{number:06d}.label", labels, cloud.get("instance") + 1)
 
 
-def kitti_object(root: Path, seed: int = 0, frames: Mapping[str, int] | None = None) -> None:
+def kitti_object(root: Path, seed: int = 0, frames: Mapping[Split, int] | None = None) -> None:
     """Frames of :class:`~pc3d.datasets.SyntheticStreets` with calibration, labels and lists.
 
     Args:
@@ -146,13 +147,14 @@ def kitti_object(root: Path, seed: int = 0, frames: Mapping[str, int] | None = N
     }
     text = "".join(f"{name}: {values}\n" for name, values in calibration.items())
     start = {"training": 0, "testing": 0}
-    for split, count in (frames or {"train": 2, "val": 1, "test": 1}).items():
+    numbers: Mapping[Split, int] = frames or {"train": 2, "val": 1, "test": 1}
+    for split, count in numbers.items():
         folder = root / ("testing" if split == "test" else "training")
         first = start[folder.name]
         start[folder.name] += count
         names = [f"{first + i:06d}" for i in range(count)]
         for i, name in enumerate(names):
-            scan = data.scan(split, i)  # type: ignore[arg-type]
+            scan = data.scan(split, i)
             rows = np.column_stack([scan.coord, scan.strength]).astype("<f4")
             _write(folder / "velodyne" / f"{name}.bin", rows.tobytes())
             _write(folder / "calib" / f"{name}.txt", text.encode())

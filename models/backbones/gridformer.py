@@ -239,6 +239,6 @@ class GridFormerDecoder(OccupancyHead):
 
 def _residual(channels: int) -> nn.Sequential:
     """The residual branch of a block; it starts as zero but for its bias."""
-    block = nn.Sequential(nn.ReLU(), nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, channels))
-    nn.init.zeros_(block[3].weight)  # type: ignore[arg-type]
-    return block
+    last = nn.Linear(channels, channels)
+    nn.init.zeros_(last.weight)
+    return nn.Sequential(nn.ReLU(), nn.Linear(channels, channels), nn.ReLU(), last)

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -233,20 +233,20 @@ class PointCloudMamba(Backbone):
         self.out_channels = channels[-1] if self.decoder is None else self.decoder.out_channels
 
     @classmethod
-    def tiny(cls, in_channels: int, **changes: object) -> PointCloudMamba:
+    def tiny(cls, in_channels: int, **changes: Any) -> PointCloudMamba:
         """PCM-Tiny of the paper (classification)."""
-        return cls(in_channels, **changes)  # type: ignore[arg-type]
+        return cls(in_channels, **changes)
 
     @classmethod
-    def base(cls, in_channels: int, **changes: object) -> PointCloudMamba:
+    def base(cls, in_channels: int, **changes: Any) -> PointCloudMamba:
         """PCM of the paper (classification)."""
-        sizes = {
+        sizes: dict[str, Any] = {
             "embed_channels": 384,
             "channels": (384, 384, 768, 768),
             "layers": (1, 2, 2, 4),
             "orders": (*TRAVERSES, "hilbert", "z", "z-trans"),
         }
-        return cls(in_channels, **(sizes | changes))  # type: ignore[arg-type]
+        return cls(in_channels, **(sizes | changes))
 
     def forward(self, points: Points) -> Tensor:
         levels = self._levels(points)

@@ -53,22 +53,23 @@ class SeparateHead(nn.Module):
         self.names = list(widths)
         for name, width in widths.items():
             hidden = [_conv_norm_relu(channels, channels, bias, eps, mom) for _ in range(num_conv - 1)]
-            self.add_module(name, nn.Sequential(*hidden, nn.Conv2d(channels, width, 3, padding=1)))
-            self._init(name)
-
-    def _init(self, name: str) -> None:
-        branch = self.get_submodule(name)
-        if name == "hm":
-            nn.init.constant_(branch[-1].bias, _HEAT_BIAS)  # type: ignore[index]
-            return
-        for layer in branch.modules():
-            if isinstance(layer, nn.Conv2d):
-                nn.init.kaiming_normal_(layer.weight)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
+            last = nn.Conv2d(channels, width, 3, padding=1)
+            self.add_module(name, nn.Sequential(*hidden, last))
+            if name == "hm":
+                assert last.bias is not None
+                nn.init.constant_(last.bias, _HEAT_BIAS)
+            else:
+                self.get_submodule(name).apply(_init)
 
     def forward(self, features: Tensor) -> Maps:
         return {name: self.get_submodule(name)(features).float() for name in self.names}
+
+
+def _init(layer: nn.Module) -> None:
+    if isinstance(layer, nn.Conv2d):
+        nn.init.kaiming_normal_(layer.weight)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
 
 
 class CenterHead(DetectionHead[list[Maps]]):

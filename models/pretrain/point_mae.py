@@ -50,7 +50,8 @@ class PointMAE(PretrainingMethod[PatchBackbone]):
             raise InputError(f"PointMAE.masking: '{masking}' is neither random nor block")
         self.sizes = depth, num_heads, mlp_ratio, drop_path
         self.mask_ratio, self.masking, self.embed_hidden = mask_ratio, masking, embed_hidden
-        self.distance = check_patch_distance("PointMAE.distance", distance)
+        check_patch_distance("PointMAE.distance", distance)
+        self.distance = distance
 
     def build(self, backbone: PatchBackbone) -> None:
         channels = backbone.channels

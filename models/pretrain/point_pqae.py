@@ -76,7 +76,8 @@ class PointPQAE(PretrainingMethod[PatchBackbone]):
         self.sizes = depth, num_heads, mlp_ratio, drop_path
         self.min_rate, self.rotate, self.relative_position = min_rate, rotate, relative_position
         self.joint, self.linear_init = joint, linear_init
-        self.distance = check_patch_distance("PointPQAE.distance", distance)
+        check_patch_distance("PointPQAE.distance", distance)
+        self.distance = distance
 
     def build(self, backbone: PatchBackbone) -> None:
         if backbone.channels % 12:

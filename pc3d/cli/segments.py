@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,11 +98,11 @@ def report(clouds: list[Points], num_classes: int, k: float, min_size: int, colo
     return [str(segments // len(clouds)), *mean, f"{metrics.compute().miou_present:.3f}"]
 
 
-def picture(cloud: Points, options: object) -> Path:
+def picture(cloud: Points, options: argparse.Namespace) -> Path:
     """Draw a cloud's segments, one panel per k, in colours that tell neighbours apart."""
     from pc3d.viz.figures import save_label_panels
 
-    weight = max(options.color_weight) if "color" in cloud else 0.0  # type: ignore[attr-defined]
-    least = options.min_size[0]  # type: ignore[attr-defined]
-    panels = {f"k = {k:g}": cut(cloud, k, least, weight) % 24 for k in options.k}  # type: ignore[attr-defined]
-    return save_label_panels(Path(options.picture), cloud, panels)  # type: ignore[attr-defined]
+    weight = max(options.color_weight) if "color" in cloud else 0.0
+    least = options.min_size[0]
+    panels = {f"k = {k:g}": cut(cloud, k, least, weight) % 24 for k in options.k}
+    return save_label_panels(Path(options.picture), cloud, panels)

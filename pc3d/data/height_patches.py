@@ -68,7 +68,8 @@ def window_rasters(normalised: Floats) -> tuple[NDArray[np.float32], NDArray[np.
     x, y = np.meshgrid(ticks, ticks)
     places = np.stack([x.ravel(), y.ravel()], 1)
     nearest, linear = interpolate(normalised[:, :2], normalised[:, 2], places)
-    return tuple(raster.reshape(_WINDOW, _WINDOW).astype(np.float32) for raster in (nearest, linear))  # type: ignore[return-value]
+    shape = (_WINDOW, _WINDOW)
+    return nearest.reshape(shape).astype(np.float32), linear.reshape(shape).astype(np.float32)
 
 
 def patch_weights(centres: Floats, view_projection: Floats) -> Floats:

@@ -27,11 +27,11 @@ def patch_distance(made: Tensor, wanted: Tensor, kind: PatchDistance) -> Tensor:
     if kind == "cdl2":
         return there.mean() + back.mean()
     # Bounded below: the root has no derivative at an exact hit.
-    return sum(d.clamp(min=1e-12).sqrt().mean() for d in (there, back)) / 2  # type: ignore[return-value]
+    there, back = (squared.clamp(min=1e-12).sqrt() for squared in (there, back))
+    return (there.mean() + back.mean()) / 2
 
 
-def check_patch_distance(name: str, kind: str) -> PatchDistance:
-    """``kind``, if there is such a distance; otherwise InputError, naming the option."""
+def check_patch_distance(name: str, kind: str) -> None:
+    """Raise an InputError that names the option if there is no such distance."""
     if kind not in get_args(PatchDistance):
         raise InputError(f"{name}: '{kind}' is not one of {', '.join(get_args(PatchDistance))}")
-    return kind  # type: ignore[return-value]

@@ -8,6 +8,7 @@ they are.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,10 +109,10 @@ class Mamba(SelectiveSSM):
         expand: float = 2,
         rank: int | None = None,
         bias: bool = False,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> None:
         channels = int(expand * width)
-        super().__init__(channels, state, kernel, rank or math.ceil(width / 16), **kwargs)  # type: ignore[arg-type]
+        super().__init__(channels, state, kernel, rank or math.ceil(width / 16), **kwargs)
         self.in_proj = nn.Linear(width, 2 * channels, bias=bias)
         self.out_proj = nn.Linear(channels, width, bias=bias)
 

@@ -26,7 +26,7 @@ def save(path: Path, count: int = 60, codes: list[int] | None = None, **attrs: t
 
 def shown(report: object) -> str:
     out = io.StringIO()
-    report.print(Console(file=out, width=200))  # type: ignore[attr-defined]
+    report.print(Console(file=out, width=200))
     return out.getvalue()
 
 

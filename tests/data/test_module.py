@@ -52,7 +52,7 @@ class Blobs(PointDataset):
 def make(tmp_path: Path, dataset: PointDataset | None = None, **options: object) -> PointDataModule:
     pipeline = Pipeline(0.01, ["color", "coord"], augment=[RandomRotate([-1, 1]), RandomJitter(0.01, 0.05)])
     settings = {"batch_size": 2, "seed": 3, "cache": str(tmp_path / "cache"), **options}
-    return PointDataModule(dataset or Blobs(), pipeline, **settings)  # type: ignore[arg-type]
+    return PointDataModule(dataset or Blobs(), pipeline, **settings)
 
 
 class Recorder(pl.LightningModule):
@@ -81,7 +81,7 @@ def train(
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     if "callbacks" not in options:
         quiet["enable_checkpointing"] = False
-    trainer = pl.Trainer(max_epochs=epochs, num_sanity_val_steps=0, **quiet, **options)  # type: ignore[arg-type]
+    trainer = pl.Trainer(max_epochs=epochs, num_sanity_val_steps=0, **quiet, **options)
     trainer.fit(model, data, ckpt_path=None if resume is None else str(resume))
     return trainer
 
@@ -139,7 +139,7 @@ def test_a_step_that_failed_is_done_again_after_resuming(tmp_path: Path) -> None
             raise RuntimeError("power cut")
         return loss
 
-    broken.training_step = fail_once  # type: ignore[method-assign]
+    broken.training_step = fail_once
     with pytest.raises(RuntimeError, match="power cut"):
         train(broken, make(tmp_path), 2, callbacks=[OnExceptionCheckpoint(tmp_path, "cut")])
     resumed = new_model()

@@ -31,7 +31,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def frame(prepared: Path, split: str = "val") -> Points:
-    return KITTIObject(str(prepared / "raw")).load(split, 0)  # type: ignore[arg-type]
+    return KITTIObject(str(prepared / "raw")).load(split, 0)
 
 
 def test_database_holds_the_objects_of_training_frames(prepared: Path) -> None:

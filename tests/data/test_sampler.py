@@ -14,14 +14,14 @@ from pc3d.data.sampler import CloudSampler, Draw, class_balance, generator_of, s
 
 
 def draws(clouds: int, shuffle: bool = True, epoch: int = 0, skip: int = 0, **options: Any) -> list[Draw]:
-    sampler = CloudSampler(range(clouds), shuffle, **options)  # type: ignore[arg-type]
+    sampler = CloudSampler(range(clouds), shuffle, **options)
     sampler.set_epoch(epoch)
     sampler.skip = skip
     return list(sampler)
 
 
 def numbers(*args: object, **kwargs: object) -> list[int]:
-    return [draw.cloud for draw in draws(*args, **kwargs)]  # type: ignore[arg-type]
+    return [draw.cloud for draw in draws(*args, **kwargs)]
 
 
 def test_every_pass_is_a_new_permutation() -> None:
@@ -53,7 +53,7 @@ def test_ranks_share_an_epoch(clouds: int, repeat: int, world: int, shuffle: boo
     repeat = repeat if shuffle else 1
     ranks = [draws(clouds, shuffle, repeat=repeat, rank=r, world_size=world) for r in range(world)]
     lengths = {len(rank) for rank in ranks}
-    assert lengths == {len(CloudSampler(range(clouds), shuffle, repeat=repeat, world_size=world))}  # type: ignore[arg-type]
+    assert lengths == {len(CloudSampler(range(clouds), shuffle, repeat=repeat, world_size=world))}
     together = [draw for step in zip(*ranks, strict=True) for draw in step]
     alone = draws(clouds, shuffle, repeat=repeat)
     real = [draw for draw in together if not draw.padding]

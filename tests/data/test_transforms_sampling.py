@@ -230,4 +230,4 @@ def test_fullest_of_the_columns_that_were_drawn() -> None:
     assert cropped.num_points == 20
     for options in ({"size": 0.0}, {"tries": 0}):
         with pytest.raises(InputError, match="ColumnCrop"):
-            ColumnCrop(**options)  # type: ignore[arg-type]
+            ColumnCrop(**options)

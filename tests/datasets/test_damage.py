@@ -253,7 +253,7 @@ def test_files_that_do_not_fit_are_named(name: str, whole: Path) -> None:
 def test_a_split_that_is_not_there_is_named(case: str, whole: Path) -> None:
     data = build(case, whole)
     with pytest.raises(InputError, match="split 'training' is none of train, val, test"):
-        data.size("training")  # type: ignore[arg-type]
+        data.size("training")
 
 
 def test_swapped_axes_of_a_prepared_cloud_are_named(whole: Path) -> None:

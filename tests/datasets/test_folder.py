@@ -32,7 +32,7 @@ def save(
 
 def folder(root: Path, **options: object) -> FolderDataset:
     settings = {"label_field": "label", "label_map": MAP, **options}
-    return FolderDataset(str(root), **settings)  # type: ignore[arg-type]
+    return FolderDataset(str(root), **settings)
 
 
 def names(dataset: FolderDataset) -> dict[str, list[str]]:

@@ -65,10 +65,10 @@ def test_shapenet_layout(tmp_path: Path) -> None:
     data = ShapeNetOccupancy(str(tmp_path))
     assert (data.num_classes, data.size("train"), data.size("val"), data.size("test")) == (13, 12, 6, 6)
     for split in ("train", "test"):
-        cloud = data.load(split, 1)  # type: ignore[arg-type]
+        cloud = data.load(split, 1)
         check_cloud(cloud)
         assert data.class_names[int(cloud.get("segment")[0])] == "airplane"
-        assert data.cloud_class(split, 1) == 0  # type: ignore[arg-type]
+        assert data.cloud_class(split, 1) == 0
 
 
 def test_occupancies_may_be_stored_one_by_one(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_labels_tell_what_is_hidden_and_cut_off() -> None:
     assert (truncated > 0.1).any()
     assert ((truncated >= 0) & (truncated <= 0.8)).all()
     frame = known[0]
-    assert frame.names == [name for name in labels[0].names if name != "DontCare"]  # type: ignore[union-attr]
+    assert frame.names == [name for name in labels[0].names if name != "DontCare"]
     assert (frame.bbox[:, 2:] > frame.bbox[:, :2]).all()
 
 

@@ -51,7 +51,7 @@ def test_serialization(golden_dir: Path) -> None:
                 local = snake_order(cells, offsets, order) - torch.repeat_interleave(offsets[:-1], offsets.diff())
                 assert torch.equal(local, arrays[f"{name}.snake_order.{order}"].flatten()), (name, order)
             else:
-                codes = curve_codes(cells.int(), offsets, depth, [order])[0]  # type: ignore[list-item]
+                codes = curve_codes(cells.int(), offsets, depth, [order])[0]
             assert torch.equal(codes, arrays[f"{name}.code.{order}"].flatten()), (name, order)
             rows = scan_order(cells, offsets, order, released=True)
             assert torch.equal(rows, arrays[f"{name}.order.{order}"].flatten()), (name, order)

@@ -41,7 +41,7 @@ def test_point_mae(golden: Golden) -> None:
         sizes["decoder_depth"],
         sizes["decoder_num_heads"],
         mask_ratio=sizes["mask_ratio"],
-        masking=masking,  # type: ignore[arg-type]
+        masking=masking,
         distance=config["loss"],
     )
     method.build(backbone)
@@ -61,7 +61,7 @@ def test_point_mae(golden: Golden) -> None:
     close(_canonical(wanted), golden.tensor("out/gt_canonical"))
     close(nearest_in_sets(made, wanted), golden.tensor("out/chamfer_pred_to_gt"))
     for kind in ("cdl1", "cdl2"):
-        close(patch_distance(made, wanted, kind), golden.tensor(f"out/loss_{kind}"))  # type: ignore[arg-type]
+        close(patch_distance(made, wanted, kind), golden.tensor(f"out/loss_{kind}"))
     output = method(backbone, points, hidden=hidden)
     close(output.losses["reconstruction"], golden.tensor("out/loss"))
     output.losses["reconstruction"].backward()
@@ -127,7 +127,7 @@ def test_point_pqae(golden: Golden) -> None:
         made = method.rebuild(query, encoded[1 - i])
         close(made.flatten(2), golden.tensor(f"out/predict{i + 1}"))
         for kind in ("cdl1", "cdl2") if i == 0 else ():
-            value = patch_distance(made.flatten(0, 1), own.feat.flatten(0, 1), kind)  # type: ignore[arg-type]
+            value = patch_distance(made.flatten(0, 1), own.feat.flatten(0, 1), kind)
             close(value, golden.tensor(f"out/view1_{kind}"))
     losses = method(backbone, points, draws=draws).losses
     for i in (1, 2):
@@ -140,7 +140,7 @@ def test_point_pqae(golden: Golden) -> None:
         "PQAE_encoder.encoder.first_conv.0.bias": backbone.encoder.first_conv[0].bias,
     }
     for name, parameter in mine.items():
-        close(parameter.grad, golden.tensor(f"out/grad/{name}"))  # type: ignore[union-attr, arg-type]
+        close(parameter.grad, golden.tensor(f"out/grad/{name}"))
     method.joint = True
     close(method.encode(backbone, patches)[1], golden.tensor("out/tokens2"))
 
@@ -225,10 +225,10 @@ def test_point_bert_tokenizer(golden: Golden) -> None:
             weights = gumbel_weights(logits, temperature, hard, golden.tensor("in/gumbel"))
             sets = dict(zip(("coarse", "fine"), network.decode(weights @ network.codebook, graph), strict=True))
             values = {f"cdl1_{name}": patch_distance(own.flatten(0, 1), wanted, "cdl1") for name, own in sets.items()}
-            close(sum(values.values()), golden.tensor(f"out/{case}/loss_recon"), slack)  # type: ignore[arg-type]
+            close(sum(values.values()), golden.tensor(f"out/{case}/loss_recon"), slack)
             close(unequal_use(logits), golden.tensor(f"out/{case}/loss_kl"), slack)
             whole = (sets["fine"] + patches.centres[:, :, None]).flatten(1, 2)
-            values |= {f"{k}_whole_fine": patch_distance(whole, golden.tensor("in/pts"), k) for k in ("cdl1", "cdl2")}  # type: ignore[arg-type]
+            values |= {f"{k}_whole_fine": patch_distance(whole, golden.tensor("in/pts"), k) for k in ("cdl1", "cdl2")}
             for name, value in (sets | values).items():
                 close(value, golden.tensor(f"out/{case}/{name}"), slack)
         code = network.codebook[network.words(patches)]
@@ -257,7 +257,7 @@ def test_point_bert_step(golden: Golden) -> None:
     method.build(backbone)
     own = {f"dvae.{_published_graph_net(name)}": value for name, value in tokenizer.state_dict().items()}
     assert import_pretraining({"base_model": own | golden.group("state")}, backbone, method.eval()) == []
-    tokenizer.words = lambda patches: golden.tensor("in/dvae_logits").argmax(-1)  # type: ignore[method-assign]
+    tokenizer.words = lambda patches: golden.tensor("in/dvae_logits").argmax(-1)
     points = points_of(golden)
     patches = backbone.group(points)
     assert torch.equal(patches.centres, golden.tensor("out/center"))
@@ -292,7 +292,7 @@ def test_point_bert_step(golden: Golden) -> None:
         "reduce_dim.bias": backbone.reduce_dim.bias,
     }
     for name, parameter in mine.items():
-        close(parameter.grad, golden.tensor(f"out/grad/{name}"))  # type: ignore[union-attr, arg-type]
+        close(parameter.grad, golden.tensor(f"out/grad/{name}"))
     close(method.queue, golden.tensor("out/queue_after"))
     assert torch.equal(method.queue_ptr, golden.tensor("out/queue_ptr_after"))
     close(method.key_backbone.reduce_dim.weight, golden.tensor("out/k_reduce_dim_weight_after"))
@@ -321,7 +321,7 @@ def test_point_bert_operations(golden: Golden) -> None:
     close(nearest_in_sets(a, b), golden.tensor("out/ch_dist1"))
     close(nearest_in_sets(b, a), golden.tensor("out/ch_dist2"))
     for kind in ("cdl1", "cdl2"):
-        value = patch_distance(a, b, kind)  # type: ignore[arg-type]
+        value = patch_distance(a, b, kind)
         close(value, golden.tensor(f"out/{kind}"))
         for name, grad in zip("ab", torch.autograd.grad(value, (a, b)), strict=True):
             close(grad, golden.tensor(f"out/{kind}_grad_{name}"))

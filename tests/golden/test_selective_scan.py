@@ -70,7 +70,7 @@ def test_selective_scan(golden_dir: Path, backend: str, case: str) -> None:
         grouped = t if t.ndim == 4 else t[:, None]
         return _rows(grouped.permute(0, 3, 1, 2))
 
-    with use_backend(backend):  # type: ignore[arg-type]
+    with use_backend(backend):
         y, last = selective_scan(
             channels_last("u"),
             channels_last("delta"),
@@ -115,7 +115,7 @@ def test_mamba_mixer_and_decoding(golden_dir: Path, backend: str) -> None:
     sizes = golden.meta["config"]
     mixer = Mamba(sizes["d_model"], sizes["d_state"], sizes["d_conv"], sizes["expand"])
     x = golden.arrays["in/x"]
-    with use_backend(backend):  # type: ignore[arg-type]
+    with use_backend(backend):
         _check_mixer(golden, mixer, golden.group("state/"), str)
         seen = x.new_zeros(len(x), golden.meta["d_inner"], sizes["d_conv"])
         state = x.new_zeros(len(x), golden.meta["d_inner"], sizes["d_state"])
@@ -140,7 +140,7 @@ def test_bidirectional_mixer(golden_dir: Path, backend: str) -> None:
         return key
 
     mixer = BidirectionalMamba(meta["d_model"], meta["d_state"], meta["d_conv"], meta["expand"])
-    with use_backend(backend):  # type: ignore[arg-type]
+    with use_backend(backend):
         _check_mixer(golden, mixer, golden.group("state/"), ours)
 
 
@@ -153,7 +153,7 @@ def test_chain_of_blocks(golden_dir: Path, backend: str) -> None:
     x = golden.arrays["in/x"]
     hidden: Tensor = _rows(x)
     residual: Any = None
-    with use_backend(backend):  # type: ignore[arg-type]
+    with use_backend(backend):
         for i, block in enumerate(blocks):
             hidden, residual = block(hidden, residual, _offsets(x))
             _same(hidden, golden.arrays[f"out/h{i}"])
@@ -175,7 +175,7 @@ def test_mamba2_mixer(golden_dir: Path, backend: str, name: str) -> None:
         norm_groups=1 if golden.meta["cls"] == "Mamba2Simple" else None,
         learned_start=sizes.get("learnable_init_states", False),
     )
-    with use_backend(backend):  # type: ignore[arg-type]
+    with use_backend(backend):
         _check_mixer(golden, mixer, golden.group("state/"), str)
 
 
@@ -191,7 +191,7 @@ def test_ssd(golden_dir: Path, backend: str, case: str) -> None:
         new = seq_idx.diff(dim=1, prepend=seq_idx[:, :1] - 1) != 0
         offsets = torch.cat([_rows(new).nonzero()[:, 0], torch.tensor([new.numel()])])
     full = case == "full"
-    with use_backend(backend):  # type: ignore[arg-type]
+    with use_backend(backend):
         y, last = ssd(
             _rows(leaves["x"]),
             _rows(leaves["dt"]),

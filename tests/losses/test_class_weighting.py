@@ -28,7 +28,7 @@ def test_effective_number(beta: float) -> None:
 
 @pytest.mark.parametrize(("scheme", "power"), [("inverse", 1), ("inverse_sqrt", 0.5), ("inverse_cbrt", 1 / 3)])
 def test_powers(scheme: str, power: float) -> None:
-    weights = ClassWeighting(scheme).weights(COUNTS)  # type: ignore[arg-type]
+    weights = ClassWeighting(scheme).weights(COUNTS)
     assert float(weights[1] / weights[0]) == pytest.approx(100**power)
     assert float(weights[3] / weights[0]) == pytest.approx(4**power)
     assert weights[2] == 0
@@ -47,7 +47,7 @@ def test_limits_of_beta() -> None:
 )
 def test_options_are_checked(options: dict[str, object]) -> None:
     with pytest.raises(InputError, match="class weights"):
-        ClassWeighting(**options)  # type: ignore[arg-type]
+        ClassWeighting(**options)
 
 
 @pytest.mark.parametrize("make", [CrossEntropy, Focal])

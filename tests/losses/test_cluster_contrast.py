@@ -71,7 +71,7 @@ def test_anchor_budget() -> None:
 
 
 def loss(**options: object) -> ClusterContrast:
-    made = ClusterContrast(**{"clusters": 3, "projection": (8, 4), "memory": 5, "memory_step": 2, **options})  # type: ignore[arg-type]
+    made = ClusterContrast(**{"clusters": 3, "projection": (8, 4), "memory": 5, "memory_step": 2, **options})
     torch.manual_seed(0)
     made.build(6, 4)
     return made

@@ -98,7 +98,7 @@ def test_counts_are_summed_over_batches_and_processes() -> None:
     for part, rows in zip(parts, (slice(0, 300), slice(300, None)), strict=True):
         part.update(pred[rows], target[rows])
     reduce = parts[0]._reductions["confusion"]  # what the processes apply to their gathered states
-    gathered = reduce(torch.stack([part.confusion for part in parts]))  # type: ignore[operator,misc]
+    gathered = reduce(torch.stack([part.confusion for part in parts]))
     assert torch.equal(gathered, whole.compute().confusion)
     parts[0].update(pred[300:], target[300:])
     assert torch.equal(parts[0].compute().confusion, whole.compute().confusion)

@@ -27,7 +27,7 @@ def clouds(counts: list[int], seed: int = 0) -> Points:
 
 def network(**changes: object) -> ConDaFormer:
     torch.manual_seed(1)
-    model = ConDaFormer(5, SIZE, **(SMALL | changes)).eval()  # type: ignore[arg-type]
+    model = ConDaFormer(5, SIZE, **(SMALL | changes)).eval()
     for table in (p for name, p in model.named_parameters() if name.endswith("_table")):
         torch.nn.init.normal_(table)
     return model
@@ -138,4 +138,4 @@ def test_settings_that_do_not_fit(changes: dict[str, object], message: str) -> N
 def test_another_grid_size_than_the_pipelines() -> None:
     points = clouds([200])
     with pytest.raises(InputError, match=r"grid_size 0\.05 must be the pipeline's"):
-        ConDaFormer(5, 0.05, **SMALL)(points)  # type: ignore[arg-type]
+        ConDaFormer(5, 0.05, **SMALL)(points)

@@ -39,14 +39,14 @@ def empty() -> Boxes:
 
 def anchor_head(**options: float) -> AnchorHead:
     torch.manual_seed(0)
-    head = AnchorHead(**options)  # type: ignore[arg-type]
+    head = AnchorHead(**options)
     head.build(6, CLASSES, GRID, 2)
     return head
 
 
 def center_head(**options: object) -> CenterHead:
     torch.manual_seed(0)
-    head = CenterHead(shared_channels=8, **options)  # type: ignore[arg-type]
+    head = CenterHead(shared_channels=8, **options)
     head.build(6, CLASSES, GRID, 2)
     return head
 
@@ -123,7 +123,7 @@ def test_matching_of_ties_and_hopeless_boxes() -> None:
 
 def test_anchor_head_starts_as_published() -> None:
     head = anchor_head()
-    assert torch.allclose(head.conv_cls.bias, torch.tensor(-math.log(99)))  # type: ignore[arg-type]
+    assert torch.allclose(head.conv_cls.bias, torch.tensor(-math.log(99)))
     assert head.conv_box.weight.std().item() == pytest.approx(0.001, rel=0.2)
     assert [conv.out_channels for conv in (head.conv_cls, head.conv_box, head.conv_dir_cls)] == [18, 42, 12]
     assert set(head.state_dict()) == {f"conv_{n}.{p}" for n in ("cls", "box", "dir_cls") for p in ("weight", "bias")}

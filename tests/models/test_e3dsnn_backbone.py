@@ -26,7 +26,7 @@ def clouds(counts: list[int], seed: int = 0, extent: int = 11) -> Points:
 
 def network(**changes: object) -> E3DSNN:
     torch.manual_seed(1)
-    model = E3DSNN(3, 6, (6, 8), (1, 2), **changes).eval()  # type: ignore[arg-type]
+    model = E3DSNN(3, 6, (6, 8), (1, 2), **changes).eval()
     for parameter in model.parameters():  # lively membranes: the published start is almost silent
         torch.nn.init.normal_(parameter, std=0.3)
     return model

@@ -35,7 +35,7 @@ def _points(counts: list[int], category: bool = False) -> Points:
 
 def _network(**changes: object) -> PointSSM:
     torch.manual_seed(1)
-    return PointSSM(**(SIZES | changes)).eval()  # type: ignore[arg-type]
+    return PointSSM(**(SIZES | changes)).eval()
 
 
 @pytest.mark.parametrize(

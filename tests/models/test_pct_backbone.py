@@ -36,8 +36,8 @@ def randomised(module: nn.Module) -> nn.Module:
     torch.manual_seed(1)
     for norm in module.modules():
         if isinstance(norm, nn.BatchNorm1d):
-            norm.running_mean.normal_(std=0.3)  # type: ignore[union-attr]
-            norm.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+            norm.running_mean.normal_(std=0.3)
+            norm.running_var.uniform_(0.5, 2)
             nn.init.normal_(norm.weight, 1, 0.2)
             nn.init.normal_(norm.bias, 0, 0.2)
     return module.eval()
@@ -122,14 +122,14 @@ def written_out(state: dict[str, Tensor], coord: Tensor, key_points: tuple[int, 
 
 
 def test_published_file_gives_the_formulas() -> None:
-    network, head = PCT(**SIZES), MLPHead(20, 4, bias=True, leak=0.2)  # type: ignore[arg-type]
+    network, head = PCT(**SIZES), MLPHead(20, 4, bias=True, leak=0.2)
     state, points = published(), clouds(60, 40)
     import_pct({"model_state": state}, network, head)
     with torch.no_grad():
         found = head.eval()(network.eval()(points), points)
     for logits, cloud in zip(found, points, strict=True):
         assert_close(logits, written_out(state, cloud.coord, (24, 12), 6), rtol=1e-4, atol=1e-5)
-    import_pct({"model_state": state}, PCT(**SIZES))  # type: ignore[arg-type]
+    import_pct({"model_state": state}, PCT(**SIZES))
 
 
 def test_published_file_on_the_command_line(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_published_size() -> None:
 
 
 def test_foreign_files_are_refused() -> None:
-    network = PCT(**SIZES)  # type: ignore[arg-type]
+    network = PCT(**SIZES)
     before = network.state_dict()["embed.0.weight"].clone()
     state = published()
     with pytest.raises(InputError, match=r"8 missing .*embed\.0\.weight"):
@@ -161,7 +161,7 @@ def test_foreign_files_are_refused() -> None:
 
 
 def test_clouds_do_not_see_each_other_and_may_be_small() -> None:
-    network, points = randomised(PCT(5, **SIZES)), clouds(60, 5, 1, 30, extra=2)  # type: ignore[arg-type]
+    network, points = randomised(PCT(5, **SIZES)), clouds(60, 5, 1, 30, extra=2)
     with torch.no_grad():
         together = network(points)
         alone = torch.cat([network(cloud) for cloud in points])
@@ -174,7 +174,7 @@ def test_clouds_do_not_see_each_other_and_may_be_small() -> None:
 
 def test_protocol_of_pointsp() -> None:
     options = {"training_rule": "weighted", "inference_rule": "filtered", "resample": True, "least_points": 64}
-    network = PCT(**SIZES, **options, cut=True).train()  # type: ignore[arg-type]
+    network = PCT(**SIZES, **options, cut=True).train()
     network(clouds(80, 50)).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
     first, second = (abstraction.sampler for abstraction in network.abstractions)
@@ -188,7 +188,7 @@ def test_protocol_of_pointsp() -> None:
 def test_misuse() -> None:
     with pytest.raises(InputError, match="key_points"):
         PCT(key_points=(8,))
-    network = PCT(**SIZES)  # type: ignore[arg-type]
+    network = PCT(**SIZES)
     in_cells = clouds(30).with_attrs(grid_coord=torch.zeros(30, 3, dtype=torch.int32))
     with pytest.raises(InputError, match="come in cells"):
         network(in_cells)

@@ -23,14 +23,14 @@ def _points(counts: list[int], seed: int = 0) -> Points:
 
 def _network(**changes: object) -> PointCloudMamba:
     torch.manual_seed(1)
-    return PointCloudMamba(4, neighbours=5, prompts=2, **(SIZES | changes)).eval()  # type: ignore[arg-type]
+    return PointCloudMamba(4, neighbours=5, prompts=2, **(SIZES | changes)).eval()
 
 
 @pytest.mark.parametrize("traverse", TRAVERSES)
 def test_snake_visits_neighbouring_cells(traverse: str) -> None:
     axes = (torch.arange(3), torch.arange(4), torch.arange(5))
     cells = torch.cartesian_prod(*axes)[torch.randperm(60, generator=torch.Generator().manual_seed(0))]
-    rows = snake_order(cells, torch.tensor([0, 60]), traverse)  # type: ignore[arg-type]
+    rows = snake_order(cells, torch.tensor([0, 60]), traverse)
     assert bool((cells[rows].diff(dim=0).abs().sum(1) == 1).all())
     steps = cells[rows].diff(dim=0)[:, "xyz".index(traverse[0])]
     assert (steps != 0).sum() > 30  # the first axis runs fastest

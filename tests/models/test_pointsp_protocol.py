@@ -15,7 +15,7 @@ from pc3d.points import Points
 def inner(channels: int = 3, **changes: object) -> PointCloudMamba:
     sizes = {"embed_channels": 8, "channels": (8, 16), "layers": (1, 2), "orders": ("xyz", "zyx", "z")}
     options = sizes | {"reducers": (2, 2), "neighbours": 5, "prompts": 2, "decoder": (16, 8)} | changes
-    return PointCloudMamba(channels, **options)  # type: ignore[arg-type]
+    return PointCloudMamba(channels, **options)
 
 
 def clouds(counts: list[int], extra: int = 0) -> Points:
@@ -28,7 +28,7 @@ def clouds(counts: list[int], extra: int = 0) -> Points:
 def protocol(**changes: object) -> PointSP:
     torch.manual_seed(0)
     options = {"key_points": 24, "least_points": 48} | changes
-    return PointSP(3, inner(), **options).eval()  # type: ignore[arg-type]
+    return PointSP(3, inner(), **options).eval()
 
 
 def test_one_row_per_cloud_of_its_key_points() -> None:

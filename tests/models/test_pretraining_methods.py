@@ -28,8 +28,8 @@ def count(module: nn.Module) -> int:
 
 def point_mae(**options: object) -> tuple[PointViT, PointMAE]:
     torch.manual_seed(0)
-    backbone = PointViT(**SIZES)  # type: ignore[arg-type]
-    method = PointMAE(depth=2, num_heads=2, **options)  # type: ignore[arg-type]
+    backbone = PointViT(**SIZES)
+    method = PointMAE(depth=2, num_heads=2, **options)
     method.build(backbone)
     return backbone.eval(), method.eval()
 
@@ -39,7 +39,7 @@ def test_point_mae_has_the_published_size() -> None:
     method.build(backbone)
     assert count(backbone) - 2 * 384 == 21_825_024
     assert count(backbone) - 2 * 384 + count(method) == 29_006_432
-    assert [round(block.drop_path.p, 4) for block in method.blocks] == [0, 0.0333, 0.0667, 0.1]  # type: ignore[union-attr]
+    assert [round(block.drop_path.p, 4) for block in method.blocks] == [0, 0.0333, 0.0667, 0.1]
 
 
 @pytest.mark.parametrize("masking", ["random", "block"])
@@ -100,7 +100,7 @@ def test_wrong_settings_are_refused(options: dict[str, object], message: str) ->
 def test_patch_distances() -> None:
     made = torch.tensor([[[0.0, 0, 0], [1, 0, 0]]], requires_grad=True)
     wanted = torch.tensor([[[0.0, 0, 0], [3, 0, 0]]])
-    values: dict[str, Tensor] = {kind: patch_distance(made, wanted, kind) for kind in ("cdl2", "cdl1")}  # type: ignore[arg-type]
+    values: dict[str, Tensor] = {kind: patch_distance(made, wanted, kind) for kind in ("cdl2", "cdl1")}
     assert float(values["cdl2"]) == pytest.approx(1 / 2 + 4 / 2)
     assert float(values["cdl1"]) == pytest.approx((1 / 2 + 2 / 2) / 2, abs=1e-5)
     values["cdl1"].backward()
@@ -113,8 +113,8 @@ def test_patch_distances() -> None:
 
 def point_pqae(**options: object) -> tuple[PointViT, PointPQAE]:
     torch.manual_seed(0)
-    backbone = PointViT(**SIZES)  # type: ignore[arg-type]
-    method = PointPQAE(depth=2, num_heads=2, linear_init="zero-mean", **options)  # type: ignore[arg-type]
+    backbone = PointViT(**SIZES)
+    method = PointPQAE(depth=2, num_heads=2, linear_init="zero-mean", **options)
     method.build(backbone)
     return backbone.eval(), method.eval()
 
@@ -127,8 +127,8 @@ def test_point_pqae_has_the_published_size_and_start() -> None:
     unused = 3 * 128 + 128 + 128 * 384 + 384
     assert count(backbone) + count(method) == 29_597_024 - unused
     assert torch.equal(backbone.encoder.first_conv[0].weight, before)
-    for weight in (backbone.blocks[3].mlp.fc1.weight, method.to_points.weight):  # type: ignore[union-attr]
-        assert float(weight.mean()) == pytest.approx(0.02, abs=1e-3)  # type: ignore[operator]
+    for weight in (backbone.blocks[3].mlp.fc1.weight, method.to_points.weight):
+        assert float(weight.mean()) == pytest.approx(0.02, abs=1e-3)
 
 
 def test_views_of_point_pqae() -> None:
@@ -170,7 +170,7 @@ def test_swapped_views_swap_the_losses() -> None:
     other = method(backbone, clouds, draws=swapped).losses
     torch.testing.assert_close(losses["view1"], other["view2"])
     torch.testing.assert_close(losses["view2"], other["view1"])
-    sum(losses.values()).backward()  # type: ignore[union-attr]
+    sum(losses.values()).backward()
     assert backbone.cls_token is not None
     assert backbone.cls_token.grad is not None  # only through attention
     assert backbone.cls_token.grad.abs().sum() > 0
@@ -185,18 +185,18 @@ def test_point_pqae_wants_clouds_of_one_size_and_enough_points() -> None:
     with pytest.raises(InputError, match="patches"):
         method(backbone, points(2, 10))
     with pytest.raises(InputError, match="12"):
-        PointPQAE().build(PointViT(**{**SIZES, "channels": 20}))  # type: ignore[arg-type]
+        PointPQAE().build(PointViT(**{**SIZES, "channels": 20}))
 
 
 def tokenizer(**options: int) -> DiscreteVAE:
     sizes = {"channels": 16, "words": 20, "word_channels": 12, "decoder_channels": 16, "patches": 10, "patch_points": 8}
-    return DiscreteVAE(**(sizes | options))  # type: ignore[arg-type]
+    return DiscreteVAE(**(sizes | options))
 
 
 def point_bert(**options: object) -> tuple[PointViT, PointBERT]:
     torch.manual_seed(0)
-    backbone = PointViT(**{**SIZES, "patch_points": 8, "encoder_channels": 16})  # type: ignore[arg-type]
-    method = PointBERT(tokenizer(), 8, **{"queue": 10, "momentum": 0.9, **options})  # type: ignore[arg-type]
+    backbone = PointViT(**{**SIZES, "patch_points": 8, "encoder_channels": 16})
+    method = PointBERT(tokenizer(), 8, **{"queue": 10, "momentum": 0.9, **options})
     method.build(backbone)
     return backbone, method
 
@@ -324,7 +324,7 @@ def test_wrong_settings_of_point_bert_are_refused(options: dict[str, object], me
 
 
 def test_a_tokenizer_of_other_patches_is_refused() -> None:
-    backbone = PointViT(**SIZES)  # type: ignore[arg-type]
+    backbone = PointViT(**SIZES)
     with pytest.raises(InputError, match="of the tokenizer"):
         PointBERT(tokenizer(), 8).build(backbone)
     with pytest.raises(InputError, match="multiple of 4"):

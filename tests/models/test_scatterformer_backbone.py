@@ -33,7 +33,7 @@ def clouds(counts: list[int], seed: int = 0) -> Points:
 def network(**changes: object) -> ScatterFormer:
     torch.manual_seed(1)
     small = {"channels": 16, "num_heads": 2, "layers": (1, 1), "window": 3, "encoder_channels": (8, 8), "neck_units": 0}
-    return ScatterFormer(4, GRID, **(small | changes)).eval()  # type: ignore[arg-type]
+    return ScatterFormer(4, GRID, **(small | changes)).eval()
 
 
 def voxels(count: int, channels: int, side: int = 24) -> Voxels:

@@ -30,7 +30,7 @@ def scene(seed: int = 0, counts: tuple[int, ...] = (160, 0, 220), segments: int 
 
 def head(**options: object) -> SegmentFusion:
     torch.manual_seed(0)
-    made = SegmentFusion(**{"channels": 16, "depth": 4, "num_heads": 2, "min_points": 5, **options})  # type: ignore[arg-type]
+    made = SegmentFusion(**{"channels": 16, "depth": 4, "num_heads": 2, "min_points": 5, **options})
     made.build(WIDTH, CLASSES, [True, True, True, False])
     return made.eval()
 

@@ -27,7 +27,7 @@ def _points(counts: list[int], channels: int = 3) -> Points:
 
 def _network(**changes: object) -> PointViT:
     torch.manual_seed(1)
-    return PointViT(**(SIZES | changes)).eval()  # type: ignore[arg-type]
+    return PointViT(**(SIZES | changes)).eval()
 
 
 def _count(module: nn.Module) -> int:
@@ -40,14 +40,14 @@ def test_published_sizes() -> None:
     assert _count(network) + _count(MLPHead(768, 15, (256, 256), bias=True)) == 22_093_327
     bert = PointViT(encoder_channels=256)
     assert _count(bert) == 22_065_960 - (768 * 256 + 256) - (256 * 40 + 40)
-    rates = [block.drop_path.p for block in network.blocks]  # type: ignore[union-attr]
+    rates = [block.drop_path.p for block in network.blocks]
     assert rates[0] == 0
     assert rates[-1] == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("changes", [{}, {"decoder": (16, 8, 8, 8), "categories": 3, "in_channels": 5}, LEVELS])
 def test_a_cloud_does_not_depend_on_its_batch_mates(changes: dict[str, object]) -> None:
-    network, points = _network(**changes), _points([40, 6, 90], int(changes.get("in_channels", 3)))  # type: ignore[call-overload]
+    network, points = _network(**changes), _points([40, 6, 90], int(changes.get("in_channels", 3)))
     with torch.no_grad():
         together = network(points)
         alone = torch.cat([network(points[i]) for i in range(3)])
@@ -74,8 +74,8 @@ def test_positions_are_added_before_every_block() -> None:
     tokens = network.tokens(points)
     with torch.no_grad():
         for block in network.blocks:  # blocks that add nothing of their own
-            nn.init.zeros_(block.attn.proj.weight)  # type: ignore[union-attr, arg-type]
-            nn.init.zeros_(block.mlp.fc2.weight)  # type: ignore[union-attr, arg-type]
+            nn.init.zeros_(block.attn.proj.weight)
+            nn.init.zeros_(block.mlp.fc2.weight)
         out = network.encode(tokens)
     torch.testing.assert_close(out.feat, tokens.feat + 3 * tokens.position)
 

@@ -97,7 +97,7 @@ def test_points_beyond_the_frame_count_to_its_outermost_cells() -> None:
     assert planes[0].unit[0].tolist() == pytest.approx([0, 1 - 1e-5])  # xz
     assert planes[2].unit[1].tolist() == pytest.approx([0, 0.5])  # yz
     with pytest.raises(InputError, match="kind 'plane'"):
-        GridFrame("plane")  # type: ignore[arg-type]
+        GridFrame("plane")
 
 
 def shapes(counts: list[int], seed: int = 0) -> Points:

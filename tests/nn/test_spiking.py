@@ -42,7 +42,7 @@ def test_published_gradient_is_strict_at_both_ends() -> None:
 def test_gradients_add_up_to_the_rise(surrogate: str, decay: float | None) -> None:
     """Over all inputs, the gradient of D steps integrates to D spikes; the leaky neuron passes it on D times a D-th."""
     grid = torch.linspace(-6, 10, 3201)
-    neuron = SpikingNeuron(4, surrogate, decay=decay)  # type: ignore[arg-type]
+    neuron = SpikingNeuron(4, surrogate, decay=decay)
     total = sum(gradient(neuron, grid.tolist())) * float(grid[1] - grid[0])
     assert total == pytest.approx(4, rel=0.02) if decay is None else total > 1
 
@@ -112,7 +112,7 @@ def test_meter_counts_pairs_and_spikes() -> None:
     assert first.rate is None
     assert [layer.rate for layer in (down, up, last)] == [rate for _, rate in meter.rates]
     assert [layer.levels for layer in (down, up, last)] == [4, 2, 4]
-    expected = 4.6 * first.macs + sum(0.9 * s.levels * s.rate * s.macs for s in (down, up, last))  # type: ignore[operator]
+    expected = 4.6 * first.macs + sum(0.9 * s.levels * s.rate * s.macs for s in (down, up, last))
     assert meter.millijoules == pytest.approx(expected * 1e-9)
     network(out.with_feat(voxels.feat))
     assert len(meter.layers) == 4  # nothing is counted outside the block

@@ -56,7 +56,7 @@ def offsets(kernel: tuple[int, int, int]) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("choice", ["auto", "reference"])
 @thorough
 @given(coord=grids, kernel=triples(1, 4), dilation=triples(1, 2))
-def test_submanifold(choice, coord, kernel, dilation):  # type: ignore[no-untyped-def]
+def test_submanifold(choice, coord, kernel, dilation):
     with use_backend(choice):
         kmap = submanifold_map(coord, kernel, dilation)
     cells = set(map(tuple, coord.tolist()))
@@ -78,7 +78,7 @@ def test_submanifold(choice, coord, kernel, dilation):  # type: ignore[no-untype
     dilation=triples(1, 2),
     shape=triples(1, 6) | st.none(),
 )
-def test_strided(choice, coord, kernel, stride, padding, dilation, shape):  # type: ignore[no-untyped-def]
+def test_strided(choice, coord, kernel, stride, padding, dilation, shape):
     with use_backend(choice):
         out_coord, kmap = strided_map(coord, kernel, stride, padding, dilation, shape)
         inverse = kmap.inverse()
@@ -108,7 +108,7 @@ def test_strided(choice, coord, kernel, stride, padding, dilation, shape):  # ty
     dilation=triples(1, 2),
     shape=triples(1, 6) | st.none(),
 )
-def test_transposed(choice, coord, kernel, stride, padding, dilation, shape):  # type: ignore[no-untyped-def]
+def test_transposed(choice, coord, kernel, stride, padding, dilation, shape):
     with use_backend(choice):
         out_coord, kmap = transposed_map(coord, kernel, stride, padding, dilation, shape)
     expected = []
@@ -133,7 +133,7 @@ BUILDERS = [
 
 
 @pytest.mark.parametrize("build", BUILDERS)
-def test_duplicates_are_refused(build, backend) -> None:  # type: ignore[no-untyped-def]
+def test_duplicates_are_refused(build, backend) -> None:
     coord = torch.tensor([[0, 1, 2, 3], [1, 1, 2, 3], [0, 1, 2, 3]], dtype=torch.int32)
     with pytest.raises(
         InputError, match=r"1 of 3 rows repeat another one \(first \[batch, x, y, z\] = \[0, 1, 2, 3\]\)"
@@ -142,7 +142,7 @@ def test_duplicates_are_refused(build, backend) -> None:  # type: ignore[no-unty
 
 
 @pytest.mark.parametrize("build", BUILDERS)
-def test_bad_coordinates_are_refused(build, backend) -> None:  # type: ignore[no-untyped-def]
+def test_bad_coordinates_are_refused(build, backend) -> None:
     with pytest.raises(InputError, match="field 'batch' holds -1"):
         build(torch.tensor([[-1, 0, 0, 0]], dtype=torch.int32))
     big = 2**31 - 2
@@ -155,7 +155,7 @@ def test_bad_coordinates_are_refused(build, backend) -> None:  # type: ignore[no
 
 
 @pytest.mark.parametrize("value", [0, (1, 2), (1, 1, -1), (1, 1, 0.5)])
-def test_bad_settings_are_refused(value) -> None:  # type: ignore[no-untyped-def]
+def test_bad_settings_are_refused(value) -> None:
     coord = torch.zeros(1, 4, dtype=torch.int32)
     with pytest.raises(ValueError, match="kernel_size must be three integers >= 1"):
         submanifold_map(coord, value)

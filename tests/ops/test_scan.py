@@ -117,7 +117,7 @@ def test_scan_and_gradients_equal_a_loop(backend: str, case: str, counts: list[i
     exact = {k: v.detach().double().requires_grad_(v.requires_grad) if isinstance(v, Tensor) and k != "offsets" else v
              for k, v in inputs.items()}  # fmt: skip
     expected = _loop(exact, reverse)
-    with use_backend(backend):  # type: ignore[arg-type]
+    with use_backend(backend):
         actual = selective_scan(**inputs, reverse=reverse)
         gradients = _gradients(*actual, inputs) if sum(counts) else {}
     for a, e in zip(actual, expected, strict=True):
@@ -145,7 +145,7 @@ def test_reverse_equals_flipping_each_cloud(backend: str) -> None:
         [torch.arange(a, b).flip(0) for a, b in zip(inputs["offsets"][:-1], inputs["offsets"][1:], strict=True)]
     )
     flipped = {k: v[rows] if k in ("u", "delta", "z", "B", "C") else v for k, v in inputs.items()}
-    with use_backend(backend):  # type: ignore[arg-type]
+    with use_backend(backend):
         y, last = selective_scan(**inputs, reverse=True)
         expected = selective_scan(**flipped)
     assert torch.equal(y, expected[0][rows])
@@ -196,7 +196,7 @@ def test_half_inputs_are_computed_in_float(dtype: torch.dtype) -> None:
 def test_nothing_of_size_length_by_channels_by_state_is_kept() -> None:
     inputs = _inputs([2048], channels=8, state=64)
     sizes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):  # type: ignore[func-returns-value]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
         selective_scan(**inputs)
     assert max(sizes) <= 2048 * 64  # B and C themselves; the states would be 8 times that
 
@@ -237,7 +237,7 @@ def test_ssd_equals_a_loop_over_tokens(backend: str) -> None:
     )
     B, C = (torch.randn(79, groups, state, generator=generator) for _ in range(2))
     bias, initial = torch.randn(heads, generator=generator), torch.randn(3, heads, width, state, generator=generator)
-    with use_backend(backend):  # type: ignore[arg-type]
+    with use_backend(backend):
         y, last = ssd(x, dt, A, B, C, offsets, D, z, bias, True, (0.05, 0.6), initial)
     step = F.softplus(dt + bias).clamp(0.05, 0.6)
     for cloud, (start, end) in enumerate(itertools.pairwise(offsets)):
@@ -275,7 +275,7 @@ def test_causal_convolution_equals_torch(
     exact = [t.detach().double().requires_grad_() for t in leaves]
     arguments: list[Any] = [None] * (3 - len(leaves)) + [_offsets(counts), silu, reverse]
     expected = _convolve(*exact, *arguments)
-    with use_backend(backend):  # type: ignore[arg-type]
+    with use_backend(backend):
         actual = causal_conv1d(*leaves, *arguments)
         upstream = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
         found = torch.autograd.grad(actual, leaves, upstream.float())

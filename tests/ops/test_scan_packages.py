@@ -62,8 +62,8 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Stand-ins installed; the names of those that are asked to serve."""
     asked: list[str] = []
     scan_interface, conv = ModuleType("mamba_ssm.ops.selective_scan_interface"), ModuleType("causal_conv1d")
-    scan_interface.selective_scan_fn = _selective_scan_fn  # type: ignore[attr-defined]
-    conv.causal_conv1d_fn = _causal_conv1d_fn  # type: ignore[attr-defined]
+    scan_interface.selective_scan_fn = _selective_scan_fn
+    conv.causal_conv1d_fn = _causal_conv1d_fn
     for name in ("mamba_ssm", "mamba_ssm.ops"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, scan_interface.__name__, scan_interface)

@@ -40,15 +40,15 @@ def run(sizes: tuple[int, ...], backend, drop: tuple[str, ...] = (), **options: 
     """Output, last states and all gradients."""
     offsets = torch.tensor([0, *sizes]).cumsum(0).to(DEVICE)
     shape = {"channels": 4, "groups": 2, "states": 3, "rates": 3}
-    shape.update({name: options.pop(name) for name in list(options) if name in shape})  # type: ignore[misc]
+    shape.update({name: options.pop(name) for name in list(options) if name in shape})
     tensors = operands(int(offsets[-1]), len(sizes), **shape)
     kept = {name: value for name, value in tensors.items() if name not in drop}
     softplus = bool(options.pop("softplus", True))
     with use_backend(backend):
-        y, last = selective_scan(**kept, offsets=offsets, delta_softplus=softplus, **options)  # type: ignore[arg-type]
+        y, last = selective_scan(**kept, offsets=offsets, delta_softplus=softplus, **options)
         weights = (torch.linspace(-1, 2, t.numel(), device=DEVICE).view_as(t) for t in (y, last))
         loss = sum((t * w).sum() for t, w in zip((y, last), weights, strict=True))
-        grads = torch.autograd.grad(loss, list(kept.values()), allow_unused=True, materialize_grads=True)  # type: ignore[arg-type]
+        grads = torch.autograd.grad(loss, list(kept.values()), allow_unused=True, materialize_grads=True)
     return [y, last, *grads]
 
 
@@ -92,7 +92,7 @@ def test_ssd_takes_the_kernels_too(monkeypatch):
     arguments = [t.to(DEVICE) for t in (x, dt, torch.tensor([-1.0, -0.5]), *coefficients, torch.tensor([0, 12, 30]))]
     results = []
     for backend in ("triton", "reference"):
-        with use_backend(backend):  # type: ignore[arg-type]
+        with use_backend(backend):
             results.append(list(ssd(*arguments)))
     assert_same(*results)
     assert calls == [1]

@@ -51,7 +51,7 @@ def network(seed: int = 1, decoder_seed: int = 1) -> PointViT:
     """With an encoder of one seed and a decoder of another."""
     options = {"channels": 12, "depth": 3, "num_heads": 2, "patches": 8, "patch_points": 4, "stages": (0, 2)}
     torch.manual_seed(seed)
-    made = PointViT(**options, decoder=(16, 8, 12, 8), categories=2)  # type: ignore[arg-type]
+    made = PointViT(**options, decoder=(16, 8, 12, 8), categories=2)
     torch.manual_seed(decoder_seed)
     assert made.decoder is not None
     for parameter in made.decoder.parameters():
@@ -113,7 +113,7 @@ def test_a_decoder_behind_a_frozen_encoder() -> None:
     """Decoder probing: of a serialized backbone nothing but its decoder trains."""
     sizes = {"enc_depths": [1, 1], "enc_channels": [12, 24], "enc_num_head": [1, 2], "enc_patch_size": [32, 32]}
     decoder = {"dec_depths": [1], "dec_channels": [12], "dec_num_head": [1], "dec_patch_size": [32]}
-    base = Sonata(3, stride=[2], **sizes, **decoder, enc_mode=False)  # type: ignore[arg-type]
+    base = Sonata(3, stride=[2], **sizes, **decoder, enc_mode=False)
     attach(base, LinearProbe())
     trains = {name for name, p in base.named_parameters() if p.requires_grad}
     assert trains == {name for name, _ in base.named_parameters() if name.startswith("dec.")}
@@ -178,4 +178,4 @@ def test_wrong_networks_are_refused() -> None:
     with pytest.raises(InputError, match=r"IDPTSegmentation\.neighbours: 0"):
         IDPTSegmentation(neighbours=0)
     with pytest.raises(InputError, match=r"IDPTSegmentation\.prompt_network: 'cnn'"):
-        IDPTSegmentation("cnn")  # type: ignore[arg-type]
+        IDPTSegmentation("cnn")

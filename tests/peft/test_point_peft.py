@@ -154,6 +154,6 @@ def test_wrong_settings_name_the_option() -> None:
         ({"prompt_blocks": 0}, "PointPEFT.prompt_blocks"),
     ):
         with pytest.raises(InputError, match=message):
-            PointPEFT(**options)  # type: ignore[arg-type]
+            PointPEFT(**options)
     with pytest.raises(InputError, match="2 patches or more"):
         attach(PointViT(channels=12, num_heads=2, patches=1), PointPEFT())

@@ -132,7 +132,7 @@ def test_frozen_blocks_keep_their_drop_path_in_a_task(how: str) -> None:
     """It regularises the adapter, as published; the norms of the patch encoder stay as they were."""
     base = network()
     task = Classification(base, ["a", "b"], peft=METHODS[how](), freeze=["^head"]).train()
-    assert all(block.drop_path.training for block in base.blocks)  # type: ignore[union-attr]
+    assert all(block.drop_path.training for block in base.blocks)
     assert not any(m.training for m in base.encoder.modules() if isinstance(m, torch.nn.BatchNorm1d))
     assert not task.head.training
 
@@ -160,7 +160,7 @@ def test_prompt_of_idpt_is_that_of_the_instance() -> None:
     base, points = network(), clouds(40, 40)
     attach(base, IDPT(0))
     tokens = base.tokens(points)
-    prompt = base.adapters["default"].prompt.eval()  # type: ignore[union-attr]
+    prompt = base.adapters["default"].prompt.eval()
     assert isinstance(prompt, GraphPrompt)
     first = prompt(tokens)
     assert not torch.allclose(first[0], first[1])
@@ -174,8 +174,8 @@ def test_blocks_before_the_prompt_need_no_gradient_but_for_the_class_token() -> 
     base, points = network(), clouds(40)
     attach(base, IDPT(1))
     part = base.adapters["default"]
-    part.cls_token.requires_grad_(False)  # type: ignore[union-attr]
-    part.cls_pos.requires_grad_(False)  # type: ignore[union-attr]
+    part.cls_token.requires_grad_(False)
+    part.cls_pos.requires_grad_(False)
     graph = []
     base.blocks[0].register_forward_hook(lambda module, args, out: graph.append(out.feat.requires_grad))
     base(points)
@@ -189,13 +189,13 @@ def test_spectral_adapter_without_weights_is_twice_the_tokens() -> None:
         attach(base, PointGST(3, 4, transform))
         part = base.adapters["default"]
         centres = clouds(8, 8).coord.view(2, 8, 3)
-        adapter: SpectralAdapter = part.blocks[0]  # type: ignore[union-attr,index,assignment]
+        adapter: SpectralAdapter = part.blocks[0]
         torch.nn.init.eye_(adapter.up.weight)
         x = torch.randn(2, 9, 12)
         low = adapter.down(x)
         expected = torch.nn.functional.silu(low)
         expected[:, 1:] += 2 * low[:, 1:]
-        got = adapter(x, part.bases(centres))  # type: ignore[union-attr,operator]
+        got = adapter(x, part.bases(centres))
         torch.testing.assert_close(got[..., :3], expected, rtol=1e-4, atol=1e-5)
 
 
@@ -216,11 +216,11 @@ def test_graphs_of_awkward_centres() -> None:
 
 def test_wrong_settings_name_the_option() -> None:
     for make, message in (
-        (lambda: IDPT(prompt_network="cnn"), "IDPT.prompt_network: 'cnn'"),  # type: ignore[arg-type]
-        (lambda: IDPT(feature="none"), "IDPT.feature"),  # type: ignore[arg-type]
+        (lambda: IDPT(prompt_network="cnn"), "IDPT.prompt_network: 'cnn'"),
+        (lambda: IDPT(feature="none"), "IDPT.feature"),
         (lambda: DAPT(rank=0), "DAPT.rank"),
         (lambda: DAPT(class_token=False, prompts=None, patches=None), "the feature is empty"),
-        (lambda: PointGST(transform="V"), "PointGST.transform"),  # type: ignore[arg-type]
+        (lambda: PointGST(transform="V"), "PointGST.transform"),
         (lambda: attach(network(), IDPT(2)), r"IDPT.layer: 2; the network has blocks 0\.\.1"),
         (lambda: attach(network(), PointGST(local=5)), "5 does not divide the 8 patches"),
         (lambda: attach(SparseUNet.small(3), DAPT()), "SparseUNet is no transformer over patches"),

@@ -125,7 +125,7 @@ def test_coordinates_too_wide_for_one_key(curve: str, bits: int) -> None:
     coord = torch.cat([coord, torch.tensor([[batch, *[extreme] * 3] for batch in range(3) for extreme in (0, 299)])])
     coord = coord.unique(dim=0)
     far = coord * torch.tensor([1, *[1 << bits] * 3]) - torch.tensor([0, 1 << 30, 7, 0])
-    order = CurveOrder(curve)  # type: ignore[arg-type]
+    order = CurveOrder(curve)
     assert torch.equal(order.rows(far.int()), order.rows(coord.int()))
 
 
@@ -177,7 +177,7 @@ def test_any_thread_count_gives_the_same_bits() -> None:
 
 def test_settings_that_make_no_sense_are_refused() -> None:
     for make in (
-        lambda: CurveOrder("peano"),  # type: ignore[arg-type]
+        lambda: CurveOrder("peano"),
         lambda: SoarOrder(0),
         lambda: SoarOrder(64, outer=64),
         lambda: BlockSoarOrder(0),

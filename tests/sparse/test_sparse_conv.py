@@ -52,7 +52,7 @@ def same_gradients(out: torch.Tensor, expected: torch.Tensor, *leaves: torch.Ten
 
 @thorough
 @given(counts=clouds, size=triples(1, 3), dilation=triples(1, 2), bias=st.booleans(), seed=seeds)
-def test_submanifold_equals_dense(counts, size, dilation, bias, seed):  # type: ignore[no-untyped-def]
+def test_submanifold_equals_dense(counts, size, dilation, bias, seed):
     voxels = random_grid(counts, 3, seed=seed)
     layer = SubMConv3d(3, 4, size, dilation, bias).double()
     out = layer(voxels)
@@ -73,7 +73,7 @@ def test_submanifold_equals_dense(counts, size, dilation, bias, seed):  # type: 
 @given(
     counts=clouds, size=triples(1, 3), stride=triples(1, 3), padding=triples(0, 2), dilation=triples(1, 2), seed=seeds
 )
-def test_strided_and_inverse_equal_dense(counts, size, stride, padding, dilation, seed):  # type: ignore[no-untyped-def]
+def test_strided_and_inverse_equal_dense(counts, size, stride, padding, dilation, seed):
     voxels = random_grid(counts, 2, seed=seed)
     layer = SparseConv3d(2, 3, size, stride, padding, dilation, bias=False).double()
     coarse = layer(voxels)
@@ -99,7 +99,7 @@ def test_strided_and_inverse_equal_dense(counts, size, stride, padding, dilation
 @given(
     counts=clouds, size=triples(1, 3), stride=triples(1, 3), padding=triples(0, 2), dilation=triples(1, 2), seed=seeds
 )
-def test_transposed_equals_dense(counts, size, stride, padding, dilation, seed):  # type: ignore[no-untyped-def]
+def test_transposed_equals_dense(counts, size, stride, padding, dilation, seed):
     voxels = random_grid(counts, 2, seed=seed)
     voxels.stride = stride
     layer = SparseConvTranspose3d(2, 3, size, stride, padding, dilation, bias=False).double()
@@ -184,7 +184,7 @@ def test_gradcheck(cls: type[SubMConv3d]) -> None:
     layer = cls(2, 2, 2).double()
     parameters = tuple(layer.parameters())
 
-    def run(feat, weight, bias):  # type: ignore[no-untyped-def]
+    def run(feat, weight, bias):
         replaced = {"weight": weight, "bias": bias}
         return torch.func.functional_call(layer, replaced, voxels.with_feat(feat)).feat
 

@@ -36,7 +36,7 @@ def two_grids() -> tuple[Voxels, Voxels]:
 
 
 @pytest.mark.parametrize("join", [cat, add, multiply])
-def test_different_voxels_join_like_volumes(join) -> None:  # type: ignore[no-untyped-def]
+def test_different_voxels_join_like_volumes(join) -> None:
     a, b = two_grids()
     joined = join(a, b)
     combine = {cat: lambda p, q: torch.cat([p, q], 1), add: torch.add, multiply: torch.mul}[join]

@@ -30,7 +30,7 @@ def windows(voxels: Voxels, window: tuple[tuple[int, ...], ...], fill: float) ->
     window=st.tuples(triples(1, 3), triples(1, 3), triples(0, 1), triples(1, 2)),
     seed=st.integers(0, 1000),
 )
-def test_pooling_equals_dense(counts, window, seed):  # type: ignore[no-untyped-def]
+def test_pooling_equals_dense(counts, window, seed):
     voxels = random_grid(counts, 3, seed=seed)
     ones = torch.ones(torch.Size(window[0]).numel(), 3, 1, dtype=torch.float64)
     _, active, low = dense_conv(voxels, ones, window)

@@ -88,14 +88,14 @@ def refuses_duplicates(voxels: Voxels) -> None:
 
 @settings(max_examples=40)
 @given(drawn=voxel_sets(), size=st.sampled_from([1, 3, 5]), seed=st.integers(0, 100))
-def test_random_voxel_sets_equal_dense(drawn, size, seed):  # type: ignore[no-untyped-def]
+def test_random_voxel_sets_equal_dense(drawn, size, seed):
     equals_dense(drawn, size, seed)
 
 
 @pytest.mark.slow
 @settings(max_examples=1000)
 @given(drawn=voxel_sets(), size=st.sampled_from([1, 3, 5]), seed=st.integers(0, 100))
-def test_a_thousand_random_voxel_sets_equal_dense(drawn, size, seed):  # type: ignore[no-untyped-def]
+def test_a_thousand_random_voxel_sets_equal_dense(drawn, size, seed):
     equals_dense(drawn, size, seed)
 
 

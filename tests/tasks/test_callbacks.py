@@ -24,7 +24,7 @@ def test_score_table() -> None:
     confusion = torch.tensor([[8, 2, 0], [1, 9, 0], [0, 0, 0]])
     console = Console(file=io.StringIO(), width=100)
     console.print(score_table(scores_from_confusion(confusion), ["floor", "wall", "chair [red]"], "val, epoch 3"))
-    text = console.file.getvalue()  # type: ignore[attr-defined]
+    text = console.file.getvalue()
     rows = {line.split("│")[1].strip(): line for line in text.splitlines() if line.startswith("│")}
     assert "val, epoch 3: mIoU 0.492" in text  # (8/11 + 9/12 + 0) / 3
     for cell in ("0.727", "0.800", " 10 ", " 9 "):
@@ -99,7 +99,7 @@ def test_progress_bar_shows_the_running_score(tmp_path: Path) -> None:
     seen: list[tuple[bool, float]] = []
 
     class Watching(ScoreProgressBar):
-        def get_metrics(self, trainer, pl_module):  # type: ignore[no-untyped-def]
+        def get_metrics(self, trainer, pl_module):
             items = super().get_metrics(trainer, pl_module)
             metrics = pl_module.val_metrics if trainer.validating else pl_module.train_metrics
             if "mIoU" in items:

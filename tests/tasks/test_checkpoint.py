@@ -195,11 +195,11 @@ def test_init_weights_takes_what_fits_and_says_so(run: tuple[SemanticSegmentatio
     trained = run[0].state_dict()
     torch.manual_seed(1)
     other = SemanticSegmentation(TinyBackbone(), ["tree", "ground"], criteria=[CrossEntropy(weight=[5.0, 6.0])])
-    before = other.head.linear.weight.clone()  # type: ignore[union-attr]
+    before = other.head.linear.weight.clone()
     report = init_weights(other, run[1])
-    assert torch.equal(other.backbone.block.weight, trained["backbone.block.weight"])  # type: ignore[arg-type]
-    assert torch.equal(other.head.linear.weight, before)  # type: ignore[union-attr, arg-type]
-    assert other.criteria[0].weight.tolist() == [5.0, 6.0]  # type: ignore[union-attr]
+    assert torch.equal(other.backbone.block.weight, trained["backbone.block.weight"])
+    assert torch.equal(other.head.linear.weight, before)
+    assert other.criteria[0].weight.tolist() == [5.0, 6.0]
     text = str(report)
     assert f"{len(report.loaded)} of {len(report.loaded) + 2} tensors" in text
     assert "head.linear.weight (3, 8) (here (2, 8))" in text
@@ -217,7 +217,7 @@ def test_init_weights_from_bare_and_prefixed_files(run: tuple[SemanticSegmentati
         task = tiny_task()
         report = init_weights(task, tmp_path / name)
         assert len(report.loaded) == len(trained)
-        assert torch.equal(task.backbone.block.weight, trained["block.weight"])  # type: ignore[arg-type]
+        assert torch.equal(task.backbone.block.weight, trained["block.weight"])
     torch.save({"other": torch.zeros(3)}, tmp_path / "other.pth")
     with pytest.raises(InputError, match=r"other.pth: does not fit the model: .* 0 of \d+ tensors"):
         init_weights(tiny_task(), tmp_path / "other.pth")
@@ -254,7 +254,7 @@ def test_feature_losses_train_and_resume_but_are_not_exported(tmp_path: Path) ->
     trainer(tmp_path).fit(resumed, TinyData(), ckpt_path=tmp_path / "epoch=0.ckpt")
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
-    assert resumed.feature_criteria[0].memory_count.any()  # type: ignore[union-attr]
+    assert resumed.feature_criteria[0].memory_count.any()
     weights, card_path = save_export(tmp_path / "model.safetensors", read_checkpoint(path))
     assert not [name for name in read_checkpoint(weights)["state_dict"] if "feature_criteria" in name]
     assert json.loads(card_path.read_text())["task"]["init_args"]["feature_criteria"] is None

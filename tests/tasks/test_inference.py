@@ -99,7 +99,7 @@ def test_points_that_prepare_removes_have_no_label(task: SemanticSegmentation) -
     points = cloud(5)
     removed = points.coord[:, 0] > 1
     for mode in ("vote", "fast"):
-        labels = labels_of(predict_cloud(task, lines, points, mode=mode))  # type: ignore[arg-type]
+        labels = labels_of(predict_cloud(task, lines, points, mode=mode))
         assert torch.equal(labels == -1, removed)
 
 
@@ -131,7 +131,7 @@ def test_voting_on_a_finer_grid_is_mapped_back_and_seen_by_voting_only(task: Sem
 
 def test_one_point(task: SemanticSegmentation) -> None:
     for mode in ("vote", "fast"):
-        assert predict_cloud(task, pipeline(), cloud(7, 1), mode=mode).sum().item() == pytest.approx(1)  # type: ignore[arg-type]
+        assert predict_cloud(task, pipeline(), cloud(7, 1), mode=mode).sum().item() == pytest.approx(1)
 
 
 def test_the_mode_of_the_task_is_kept(task: SemanticSegmentation) -> None:

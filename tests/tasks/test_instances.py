@@ -50,7 +50,7 @@ def task(kind: str = "fusion", **options: object) -> InstanceSegmentation:
         "offsets": lambda: OffsetClustering(radius=0.3, min_points=3),
     }
     options = {"optimizer": OptimizerConfig(lr=0.03), "min_instance_points": 10, "stuff": ["floor"], **options}
-    return InstanceSegmentation(TinyBackbone(), CLASSES, heads[kind](), **options)  # type: ignore[arg-type]
+    return InstanceSegmentation(TinyBackbone(), CLASSES, heads[kind](), **options)
 
 
 @pytest.mark.parametrize("kind", ["fusion", "offsets"])

@@ -115,7 +115,7 @@ SSM = {"channels": (8, 8), "points": (24, 8), "project_channels": 8, "neighbours
 
 def completion_task(**options: Any) -> Completion:
     pl.seed_everything(3, verbose=False)
-    backbone = PointSSM(**SSM, categories=3, condition_hidden=4, condition_channels=8)  # type: ignore[arg-type]
+    backbone = PointSSM(**SSM, categories=3, condition_hidden=4, condition_channels=8)
     decoder = FoldingDecoder(16, points=64, hidden=(16, 16), groups=4, condition=8)
     return Completion(backbone, list(CATEGORIES), decoder, **{"optimizer": FAST, "emd_points": 32, **options})
 
@@ -146,7 +146,7 @@ def test_classification_learns_and_votes(tmp_path: Path) -> None:
 
 def test_validation_and_test_agree_on_the_same_clouds(tmp_path: Path) -> None:
     task, data = classifier(), classification_data()
-    data.dataset.load = lambda split, i, load=data.dataset.load: load("val", i)  # type: ignore[method-assign]
+    data.dataset.load = lambda split, i, load=data.dataset.load: load("val", i)
     run = trainer(tmp_path, max_epochs=2)
     run.fit(task, datamodule=data)
     seen = task.scores["val"]

@@ -82,7 +82,7 @@ def test_sgd_has_nesterov_momentum() -> None:
     [
         (lambda: OptimizerConfig("adamw", momentum=0.9), "'adamw' has no option 'momentum' .it has: betas"),
         (lambda: OptimizerConfig("sgd", betas=(0.9, 0.99)), "'sgd' has no option 'betas'"),
-        (lambda: OptimizerConfig("rmsprop"), "'rmsprop' is unknown .known: adamw, adam, sgd"),  # type: ignore[arg-type]
+        (lambda: OptimizerConfig("rmsprop"), "'rmsprop' is unknown .known: adamw, adam, sgd"),
         (lambda: OptimizerConfig(lr=-1), "optimizer.lr is -1"),
         (lambda: OptimizerConfig(groups=[ParameterGroup("a", weight_decay=-2)]), r"groups\[a\].weight_decay is -2"),
         (lambda: ScheduleConfig("poly", pct_start=0.1), "'poly' has no option 'pct_start' .it has: power, warmup"),

@@ -89,14 +89,14 @@ def test_second_stage_trains_near_the_surface_with_a_margin(tmp_path: Path) -> N
 
 def test_clouds_that_do_not_fit_the_box_are_fitted() -> None:
     module = task().eval()
-    module.surface = lambda scan, on_level=None: Mesh(scan.coord, torch.zeros(0, 3, dtype=torch.int64))  # type: ignore[method-assign]
+    module.surface = lambda scan, on_level=None: Mesh(scan.coord, torch.zeros(0, 3, dtype=torch.int64))
     plain = Pipeline(None, ["coord"], select=[ScanAndQueries(50)])
     inside = Points(torch.rand(40, 3) - 0.5)
     assert torch.equal(reconstruct(module, plain, inside).vertices, inside.coord)
     outside = sphere_scan(40)
     torch.testing.assert_close(reconstruct(module, plain, outside).vertices, outside.coord, atol=1e-3, rtol=0)
     seen = []
-    module.surface = lambda scan, on_level=None: seen.append(scan.coord) or Mesh(scan.coord, scan.coord.long())  # type: ignore
+    module.surface = lambda scan, on_level=None: seen.append(scan.coord) or Mesh(scan.coord, scan.coord.long())
     reconstruct(module, plain, outside)
     assert float(seen[0].abs().max()) == pytest.approx(0.5)
 

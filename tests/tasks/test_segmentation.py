@@ -126,8 +126,8 @@ def test_frozen_parts_stay_as_they_are(tmp_path: Path) -> None:
     assert changed == {"backbone.block.weight", "backbone.block.bias", "head.linear.weight", "head.linear.bias"}
     task.train()
     assert task.training
-    assert task.backbone.block.training  # type: ignore[union-attr]
-    assert not any(module.training for module in task.backbone.stem.modules())  # type: ignore[union-attr]
+    assert task.backbone.block.training
+    assert not any(module.training for module in task.backbone.stem.modules())
 
 
 class HeightHead(SegmentationHead):
@@ -287,11 +287,11 @@ def test_the_average_is_what_is_validated_saved_and_tested(tmp_path: Path) -> No
             self.validated: list[Tensor] = []
 
         def on_train_batch_end(self, trainer: pl.Trainer, task: pl.LightningModule, *args: Any) -> None:
-            self.seen.append(task.backbone.block.weight.detach().clone())  # type: ignore[union-attr]
+            self.seen.append(task.backbone.block.weight.detach().clone())
 
         def on_validation_batch_start(self, trainer: pl.Trainer, task: pl.LightningModule, *args: Any) -> None:
             if not trainer.sanity_checking:
-                self.validated.append(task.backbone.block.weight.detach().clone())  # type: ignore[union-attr]
+                self.validated.append(task.backbone.block.weight.detach().clone())
 
     task, watch = tiny_task(optimizer=FAST, ema_decay=0.95), Averages()
     keep = ModelCheckpoint(tmp_path, filename="last", save_on_train_epoch_end=True)
@@ -301,7 +301,7 @@ def test_the_average_is_what_is_validated_saved_and_tested(tmp_path: Path) -> No
     for n, weight in enumerate(watch.seen[1:], start=1):
         decay = min(0.95, (1 + n) / (10 + n))
         average = decay * average + (1 - decay) * weight
-    torch.testing.assert_close(task.backbone.block.weight.detach(), average)  # type: ignore[union-attr]
+    torch.testing.assert_close(task.backbone.block.weight.detach(), average)
     torch.testing.assert_close(watch.validated[-1], average)
     checkpoint = read_checkpoint(tmp_path / "last.ckpt")
     torch.testing.assert_close(checkpoint["state_dict"]["backbone.block.weight"], average)
@@ -310,7 +310,7 @@ def test_the_average_is_what_is_validated_saved_and_tested(tmp_path: Path) -> No
     loaded, lines, _ = load_task(tmp_path / "last.ckpt", allow=ALLOW)
     assert torch.equal(predict_cloud(loaded, lines, cloud(0)), predict_cloud(task, lines, cloud(0)))
     for evaluate in (run.test, run.validate):  # the trainer of the training, and its callback, are still there
-        torch.nn.init.zeros_(task.backbone.block.weight)  # type: ignore[union-attr, arg-type]
+        torch.nn.init.zeros_(task.backbone.block.weight)
         evaluate(task, TinyData(), ckpt_path=str(tmp_path / "last.ckpt"), verbose=False)
-        torch.testing.assert_close(task.backbone.block.weight.detach(), average)  # type: ignore[union-attr]
+        torch.testing.assert_close(task.backbone.block.weight.detach(), average)
         torch.testing.assert_close(watch.validated[-1], average)

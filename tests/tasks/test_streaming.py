@@ -303,10 +303,10 @@ def unet(in_channels: int = 3) -> SemanticSegmentation:
 
 def whole_and_streamed(path: Path, folder: Path, mode: str, **options: Any) -> tuple[torch.Tensor, np.ndarray]:
     task, pipeline = unet(), Pipeline(2.0, ["color"])
-    whole = predict_cloud(task, pipeline, read(path), mode=mode)  # type: ignore[arg-type]
+    whole = predict_cloud(task, pipeline, read(path), mode=mode)
 
     def predict(cloud: Points, generator: torch.Generator) -> torch.Tensor:
-        return predict_cloud(task, pipeline, cloud, mode=mode, generator=generator)  # type: ignore[arg-type]
+        return predict_cloud(task, pipeline, cloud, mode=mode, generator=generator)
 
     run, kept = predictor(LasIndex.open(path), folder, None, predict, keep_probabilities=True, **options)
     run.run()

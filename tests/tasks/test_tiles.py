@@ -50,7 +50,7 @@ def test_every_point_gets_its_result_and_small_clouds_stay_whole() -> None:
 def test_the_task_uses_them_outside_training_only() -> None:
     torch.manual_seed(0)
     sizes = {"channels": (8, 8), "layers": (1, 1), "orders": ("xyz", "z"), "reducers": (2, 2), "decoder": (8, 8)}
-    backbone = PointCloudMamba(3, 8, neighbours=4, prompts=0, combine_pos=True, **sizes)  # type: ignore[arg-type]
+    backbone = PointCloudMamba(3, 8, neighbours=4, prompts=0, combine_pos=True, **sizes)
     coord = _room(200, (4, 9))
     points = Points(coord, attrs={"feat": coord})
     task = SemanticSegmentation(backbone, ["a", "b"], test_crop=80).eval()

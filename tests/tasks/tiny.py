@@ -79,12 +79,12 @@ class TinyData(pl.LightningDataModule):
 
 def tiny_task(**options: object) -> SemanticSegmentation:
     pl.seed_everything(7, verbose=False)
-    return SemanticSegmentation(TinyBackbone(), CLASSES, **options)  # type: ignore[arg-type]
+    return SemanticSegmentation(TinyBackbone(), CLASSES, **options)
 
 
 def trainer(folder: object, **options: object) -> pl.Trainer:
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "logger": False}
-    return pl.Trainer(default_root_dir=folder, **{**quiet, "max_epochs": 2, **options})  # type: ignore[arg-type]
+    return pl.Trainer(default_root_dir=folder, **{**quiet, "max_epochs": 2, **options})
 
 
 class TinyClouds(PointDataset):
@@ -115,4 +115,4 @@ def real_data(**options: object) -> PointDataModule:
         augment=[RandomRotate(axis="z", p=1.0), RandomJitter()],
         finish=[NormalizeColor()],
     )
-    return PointDataModule(TinyClouds(), lines, **{"batch_size": 2, "cache": False, **options})  # type: ignore[arg-type]
+    return PointDataModule(TinyClouds(), lines, **{"batch_size": 2, "cache": False, **options})
