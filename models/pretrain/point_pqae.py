@@ -159,10 +159,9 @@ class PointPQAE(PretrainingMethod[PatchBackbone]):
             view = torch.where(high > low, scaled, 0.0)  # a flat crop lies in the middle of its box
         else:
             view = kept - (low + high) / 2
-        cos, sin = (f(angle.double()).to(view) for f in (torch.cos, torch.sin))
-        zero, one = torch.zeros_like(cos), torch.ones_like(cos)
-        turn = torch.stack([cos, zero, sin, zero, one, zero, -sin, zero, cos], -1).unflatten(-1, (3, 3))
-        return view @ turn, ((low + high) / 2)[:, 0]
+        cos, sin = (f(angle.double()).to(view)[:, None] for f in (torch.cos, torch.sin))
+        x, y, z = view.unbind(-1)  # no matrix product: autocast would make it half precision
+        return torch.stack([x * cos - z * sin, y, x * sin + z * cos], -1), ((low + high) / 2)[:, 0]
 
     def encode(self, backbone: PatchBackbone, patches: list[Patches]) -> list[Tensor]:
         """``(B, G, C)`` encoded patches of each view; the class token takes part, and is left out."""

@@ -81,7 +81,8 @@ class FeatureBank(nn.Module):
                 "the adapter's bank of training clouds is empty: a training fills it (pc3d train, pc3d.peft.prepare)"
             )
         features = self.features.float()
-        similarity = F.normalize(query.float(), dim=1) @ features.T
+        with torch.autocast(query.device.type, enabled=False):
+            similarity = F.normalize(query.float(), dim=1) @ features.T
         if leave_out is not None:
             own = (self.ids == leave_out[:, None]) & (leave_out[:, None] != 0)
             similarity = similarity.masked_fill(own, -torch.inf)

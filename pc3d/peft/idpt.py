@@ -201,9 +201,11 @@ class EdgeLayer(nn.Module):
 
 
 def nearest_features(x: Tensor, k: int) -> Tensor:
-    """``(B, G, k)`` int64 nearest tokens of each, itself included, in any order."""
-    square = x.square().sum(-1)
-    return (2 * x @ x.transpose(1, 2) - square[:, :, None] - square[:, None]).topk(k, -1).indices
+    """``(B, G, k)`` int64 nearest tokens of each, itself included, in any order; by float32 distances."""
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        x = x.float()
+        square = x.square().sum(-1)
+        return (2 * x @ x.transpose(1, 2) - square[:, :, None] - square[:, None]).topk(k, -1).indices
 
 
 class TransformerPrompt(nn.Module):

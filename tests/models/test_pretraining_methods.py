@@ -161,6 +161,20 @@ def _box(clouds: Points, middle: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     return kept.amin(1), kept.amax(1)
 
 
+def test_views_of_point_pqae_turn_about_y_also_in_mixed_precision() -> None:
+    backbone, method = point_pqae()
+    clouds = points(2, 60)
+    draws = method.draw(clouds)
+    (plain, *_), _ = method.views(clouds, ViewDraws(draws.rates, draws.centers, torch.zeros(2, 2)))
+    with torch.autocast("cpu", torch.bfloat16):
+        (turned, *_), _ = method.views(clouds, draws)
+        sum(method.train()(backbone.train(), clouds, draws=draws).losses.values()).backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in backbone.parameters())
+    cos, sin, zero = draws.angles[0].cos(), draws.angles[0].sin(), torch.zeros(2)
+    turn = torch.stack([cos, zero, sin, zero, zero + 1, zero, -sin, zero, cos], -1).view(2, 3, 3)
+    torch.testing.assert_close(turned.coord, (plain.coord.unflatten(0, (2, -1)) @ turn).flatten(0, 1))
+
+
 def test_swapped_views_swap_the_losses() -> None:
     backbone, method = point_pqae()
     clouds = points(2, 60)

@@ -143,6 +143,8 @@ def test_bank() -> None:
     torch.testing.assert_close(similarity[0], torch.tensor([3.0, 1.0]) / 10**0.5)
     near, _ = bank.retrieve(torch.tensor([[0.0, 1.0, 3.0, 0.0]]), 1, torch.tensor([7]))
     assert torch.equal(near[0], torch.eye(4)[[1]])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(bank.retrieve(torch.tensor([[0.0, 1.0, 3.0, 0.0]]), 2)[1], similarity), "in float32"
 
 
 def test_wrong_settings_name_the_option() -> None:

@@ -29,7 +29,7 @@ from pc3d.peft import (
     prepare,
     save_adapter,
 )
-from pc3d.peft.idpt import GraphPrompt
+from pc3d.peft.idpt import GraphPrompt, nearest_features
 from pc3d.peft.pointgst import SpectralAdapter, eigenbasis, laplacian
 from pc3d.points import Points
 from pc3d.tasks import Classification
@@ -168,6 +168,14 @@ def test_prompt_of_idpt_is_that_of_the_instance() -> None:
     turned = type(tokens)(tokens.feat[:, torch.cat([torch.zeros(1).long(), order + 1])], tokens.position,
                           tokens.centres, 1)  # fmt: skip
     torch.testing.assert_close(prompt(turned), first)
+
+
+def test_nearest_features_are_those_of_float32_in_mixed_precision() -> None:
+    tokens = 3 + torch.randn(2, 40, 12, generator=torch.Generator().manual_seed(0))
+    expected = torch.cdist(tokens.double(), tokens.double()).topk(5, largest=False).indices
+    with torch.autocast("cpu", torch.bfloat16):
+        found = nearest_features(tokens, 5)
+    assert torch.equal(found.sort(-1).values, expected.sort(-1).values)
 
 
 def test_blocks_before_the_prompt_need_no_gradient_but_for_the_class_token() -> None:
