@@ -20,6 +20,7 @@ TRANSFORMS = [
     T.ChooseSegments("color"),
     T.ChromaticTranslation(p=0.7, ratio=0.1),
     T.Compose([T.CenterShift(), T.RandomScale((0.5, 2.0))]),
+    T.Corrupt("cutout", 3, points=150),
     T.CropBox((10, -5, 1, 13, -3, 2)),
     T.DropAttribute("color", p=0.7, value=127.5),
     T.ElasticDistortion(((0.5, 0.1), (1.0, 0.4)), p=0.8),

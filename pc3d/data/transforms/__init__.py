@@ -11,6 +11,7 @@ from pc3d.data.transforms.attributes import (
 )
 from pc3d.data.transforms.base import CloudTransform, Compose, Transform
 from pc3d.data.transforms.color import ChromaticAutoContrast, ChromaticJitter, ChromaticTranslation, NormalizeColor
+from pc3d.data.transforms.corruptions import Corrupt
 from pc3d.data.transforms.geometric import (
     CenterShift,
     ElasticDistortion,
@@ -48,6 +49,7 @@ __all__ = [
     "CloudTransform",
     "ColumnCrop",
     "Compose",
+    "Corrupt",
     "CropBox",
     "DropAttribute",
     "ElasticDistortion",

@@ -202,25 +202,26 @@ class UnitShape(CloudTransform):
             there = there & (cloud.get(name) == side) if name in cloud else there
         if not bool(there.any()):
             return cloud
-        center, scale = self._frame(cloud.coord[there])
+        center, scale = unit_frame(cloud.coord[there], self.fit, self.radius)
         coord = (cloud.coord - center) / scale
         if self.separate and not bool(there.all()):
-            wanted, size = self._frame(cloud.coord[~there])
+            wanted, size = unit_frame(cloud.coord[~there], self.fit, self.radius)
             coord = torch.where(there[:, None], coord, (cloud.coord - wanted) / size)
         x, y, z, before = cloud.meta[0].get("unit_frame", (0.0, 0.0, 0.0, 1.0))
         moved = [o + before * c for o, c in zip((x, y, z), center.tolist(), strict=True)]
         meta = {**cloud.meta[0], "unit_frame": [*moved, before * scale.item()]}
         return drop_boxes(cloud.with_attrs(coord=coord).replace(meta=[meta]))
 
-    def _frame(self, coord: Tensor) -> tuple[Tensor, Tensor]:
-        """Centre ``(3,)`` and scale; a scale of 1 where all points coincide."""
-        if self.fit == "sphere":
-            center = coord.double().mean(0).to(coord)
-            scale = (coord - center).norm(dim=1).amax()
-        else:
-            center = (coord.amin(0) + coord.amax(0)) / 2
-            scale = (coord - center).abs().amax()
-        return center, torch.where(scale > 0, scale / self.radius, 1)
+
+def unit_frame(coord: Tensor, fit: Literal["sphere", "box"], radius: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Centre ``(3,)`` and scale of :class:`UnitShape`; a scale of 1 where all points coincide."""
+    if fit == "sphere":
+        center = coord.double().mean(0).to(coord)
+        scale = (coord - center).norm(dim=1).amax()
+    else:
+        center = (coord.amin(0) + coord.amax(0)) / 2
+        scale = (coord - center).abs().amax()
+    return center, torch.where(scale > 0, scale / radius, 1)
 
 
 def from_unit_frame(coord: Tensor, meta: dict[str, Any]) -> Tensor:
