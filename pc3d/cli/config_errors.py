@@ -24,6 +24,8 @@ _UNKNOWN = (
 _CLASS = re.compile(r"Problem with given class_path '([\w.]+)'")
 _MISSING = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 _EXPECTED = re.compile(r"Expected an? (?P<type>.+?)(?:\. Got value: (?P<value>.*))?$", re.MULTILINE | re.DOTALL)
+_AROUND = ("Parser key", "Problem with", "Does not validate", "Subtypes:", "Errors:", "Given value")
+"""What lines begin with that tell where a value of several possible types stands."""
 
 
 @contextlib.contextmanager
@@ -53,12 +55,28 @@ def config_message(text: str, parser: Any) -> str:
     where = f"{'.'.join(path)}: " if path else ""
     if match := _MISSING.search(text):
         return f"{where}{match[1]} has no '{match[2]}'{_closest_name(match[1], match[2])}"
+    value = _after(text, "Given value: ")
+    if "Union subtypes" in text:
+        text, value = _problems(text), value.partition("\n")[0]
     if expected := _EXPECTED.findall(text):
         types = [_type_name(name) for name, _ in expected]
-        value = next((value for _, value in expected if value), None) or _after(text, "Given value: ")
+        value = next((value for _, value in expected if value), None) or value
         return f"{where}expected {' or '.join(dict.fromkeys(types))}, got {one_line(value)!r}"
     details = re.sub(r"Parser key \"[\w.]+\":|Problem with given class_path", "", text).strip()
     return where + one_line(details)
+
+
+def _problems(text: str) -> str:
+    """What is wrong with a value of several possible types, line by line.
+
+    That is what a constructor says; where there is none, the types that the innermost of nested values may have (what is
+    around it may be null too, which is of no interest).
+    """
+    lines = [(len(line) - len(line.lstrip()), line.strip().removeprefix("- ")) for line in text.splitlines()]
+    lines = [(depth, line) for depth, line in lines if line and not line.startswith(_AROUND)]
+    said = [line for _, line in lines if not _EXPECTED.match(line)]
+    deepest = max((depth for depth, _ in lines), default=0)
+    return "\n".join(said or [line for depth, line in lines if depth == deepest])
 
 
 def _meant(key: str, last: str, classes: list[str], parser: Any) -> str:

@@ -18,6 +18,7 @@ from pc3d.io import read, write
 from pc3d.points import Points
 
 TINY = Path(__file__).with_name("tiny.yaml")
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -212,6 +213,24 @@ def test_a_missing_folder_is_named(folder_config: Path, tmp_path: Path, refused)
 )
 def test_a_wrong_setting_is_explained(words: list[str], says: str, refused) -> None:
     assert says in refused("train", "--config", TINY, *words)
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        (
+            "decoder.init_args.channels=16",
+            "model.decoder takes grids of [64, 32, 16] channels, the backbone gives [32, ",
+        ),
+        ("criterion.init_args.margin=-1", "config: MarginOccupancy.margin: -1.0 must not be negative\n"),
+        ("criterion.init_args.margin=far", "config: model.criterion.margin: expected a number, got 'far'\n"),
+        ("criterion.init_args.marge=1", "config: unknown key 'model.criterion.marge': did you mean 'margin'?\n"),
+        ("freeze=1", "config: model.freeze: expected list or null, got '1'\n"),
+    ],
+)
+def test_a_wrong_setting_of_a_task_with_a_class_path_is_explained(option: str, says: str, refused) -> None:
+    config = CONFIGS / "synthetic_solids" / "reconstruct-gridformer-small-stage2.yaml"
+    assert says in refused("train", "--config", config, f"--model.init_args.{option}")
 
 
 @pytest.mark.parametrize(
