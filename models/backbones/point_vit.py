@@ -95,7 +95,8 @@ class PointViT(Adaptable, PatchBackbone):
     def run(self, points: Points) -> Tensor:
         tokens = self.tokens(points)
         if self.decoder is None:
-            feat = self.norm(self.encode(tokens).feat)
+            tokens = self.encode(tokens)  # a prompt may have joined the special ones
+            feat = self.norm(tokens.feat)
             return torch.cat([feat[:, 0], feat[:, tokens.special :].amax(1)], -1)
         return self.decoder(points, tokens.centres, self._stage_features(tokens))
 

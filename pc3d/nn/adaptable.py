@@ -26,7 +26,13 @@ class AdapterPart(nn.Module):
 
 
 class BlockAdapter(AdapterPart, abc.ABC):
-    """A part that stands around an :class:`Adaptable`."""
+    """A part that stands around an :class:`Adaptable`.
+
+    Attributes:
+        passes_by: kinds of modules inside which it does not call, but does the work of: adapters of these are not run.
+    """
+
+    passes_by: tuple[type[nn.Module], ...] = ()
 
     @abc.abstractmethod
     def forward(self, block: Any, run: Callable[[Any], Any], tokens: Any) -> Any:

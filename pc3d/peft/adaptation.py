@@ -7,7 +7,7 @@ import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from torch import nn
 
@@ -15,7 +15,7 @@ from pc3d.config import Configurable
 from pc3d.errors import InputError
 from pc3d.nn.adaptable import Adaptable, AdapterPart, BlockAdapter
 from pc3d.nn.backbone import Backbone, PointNetwork
-from pc3d.peft.weights import is_adapted, restore_weight
+from pc3d.peft.weights import is_adapted, lies_on_another, restore_weight
 from pc3d.points import Points
 
 _NAME = re.compile(r"[A-Za-z_]\w*")
@@ -63,8 +63,8 @@ def attach(backbone: Backbone, method: Adaptation, name: str = "default") -> Att
     ``task_layers``) train as they are, belong to the adapter's file, and stay trained when it is taken off.
 
     Raises:
-        InputError: if the name is taken or no identifier, the method finds no place in this backbone, or its task
-            layers have learned with another adapter.
+        InputError: if the name is taken or no identifier, the method finds no place in this backbone or one that
+            another adapter passes by, or its task layers have learned with another adapter.
     """
     if not _NAME.fullmatch(name):
         raise InputError(f"peft: adapter name '{name}' must be letters, digits and _")
@@ -81,6 +81,7 @@ def attach(backbone: Backbone, method: Adaptation, name: str = "default") -> Att
         backbone.get_submodule(layer).requires_grad_(True)
     try:
         method.insert(backbone, name)
+        _check_reached(backbone)
     except InputError:
         _remove(backbone, name, keep=False)
         for parameter in trained:
@@ -93,6 +94,20 @@ def attach(backbone: Backbone, method: Adaptation, name: str = "default") -> Att
     for module in backbone.kept_in_eval:
         module.eval()
     return found
+
+
+def _check_reached(backbone: Backbone) -> None:
+    """Raise an InputError if a part stands where another one passes by."""
+    for outer in backbone.modules():
+        for part in outer.adapters.values() if isinstance(outer, Adaptable) else ():
+            passed = cast(BlockAdapter, part).passes_by
+            for place, module in outer.named_modules():
+                if module is not outer and isinstance(module, passed) and len(cast(Adaptable, module).adapters):
+                    who = type(part).__name__.removesuffix("Part")
+                    raise InputError(
+                        f"peft: an adapter around '{place}' would do nothing: {who} runs the layers inside by itself; "
+                        "adapters of weights (LoRA, BitFit, ...) go with it"
+                    )
 
 
 def _fixed(backbone: Backbone) -> list[nn.Module]:
@@ -143,12 +158,17 @@ def prepare(backbone: PointNetwork, clouds: Callable[[int], Iterable[Points]]) -
 def merge(backbone: Backbone, name: str = "default") -> None:
     """Write an adapter into the weights of the backbone, and take it out: same outputs, no cost.
 
+    It is written also while it does not act (:func:`use`).
+
     Raises:
-        InputError: if the adapter computes something that no weight can hold.
+        InputError: if the adapter computes something that no weight can hold, or was attached on top of another one;
+            nothing has been merged then.
     """
     method = _known(backbone, name).method
     if not method.mergeable:
         raise InputError(f"peft: {type(method).__name__} is not linear in the weights: it cannot be merged")
+    if any(is_adapted(module) and lies_on_another(module, name) for module in backbone.modules()):
+        raise InputError(f"peft: adapter '{name}' lies on another one: merge that one first")
     _remove(backbone, name, keep=True)
     _forget(backbone, name)
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from pc3d.errors import InputError
 from pc3d.nn.backbone import Backbone
+from pc3d.nn.mlp import MLP
 from pc3d.nn.vit import TransformerBlock
 from pc3d.peft.adaptation import Adaptation
 from pc3d.peft.patch_transformer import ChannelAffine, NetworkPart, PatchTransformer, patch_transformer
@@ -59,6 +60,8 @@ class DAPT(Adaptation):
 
 
 class DAPTPart(NetworkPart):
+    passes_by = (TransformerBlock, MLP)
+
     def __init__(self, adapter: str, config: DAPT, network: PatchTransformer) -> None:
         channels, config_parts = network.channels, (config.class_token, config.prompts, config.patches)
         super().__init__(adapter, network, sum(map(bool, config_parts)) * channels)

@@ -16,7 +16,7 @@ from pc3d.config import instantiate
 from pc3d.errors import InputError
 from pc3d.io.atomic import atomic_write
 from pc3d.nn.backbone import Backbone, PointNetwork
-from pc3d.peft.adaptation import attach, attached, detach
+from pc3d.peft.adaptation import attach, attached, detach, parts_of
 
 _FORMAT = 1
 
@@ -47,12 +47,18 @@ def save_adapter(
         The ``.safetensors`` file and the ``.json`` beside it: method, head and the fingerprint of the backbone.
 
     Raises:
-        InputError: if there is no such adapter, or it lies on others (what it was trained on is not in the file then).
+        InputError: if there is no such adapter, or others act beside it, which would not be in the file.
     """
     from safetensors.torch import save_file
 
     if name not in attached(backbone):
         raise InputError(f"peft: no adapter '{name}' to save (attached: {', '.join(attached(backbone)) or 'none'})")
+    others = sorted({part.adapter for part in parts_of(backbone) if part.active} - {name})
+    if others:
+        raise InputError(
+            f"peft: adapter '{name}' acts together with '{others[0]}', which its file does not hold; save what it does "
+            f"alone: pc3d.peft.use(backbone, '{name}')"
+        )
     entry, state = attached(backbone)[name], backbone.state_dict()
     tensors = {f"adapter.{key}": state[key] for key in sorted(entry.added)}
     tensors |= {f"head.{key}": value for key, value in (head.state_dict() if head is not None else {}).items()}

@@ -41,12 +41,18 @@ class LoRA(Adaptation):
         for value in (rank, *(ranks or {}).values()):
             if value < 1:
                 raise InputError(f"LoRA.rank: {value} must be at least 1")
+        if alpha is not None and alpha <= 0:
+            raise InputError(f"LoRA.alpha: {alpha} must be positive")
         self.rank, self.alpha, self.targets = rank, alpha, targets
         self.ranks, self.rank_stabilized = dict(ranks or {}), rank_stabilized
 
     def insert(self, backbone: Backbone, name: str) -> None:
         kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, SparseConvolution)
-        for place, layer in places(backbone, kinds, self.targets, "LoRA"):
+        found = places(backbone, kinds, self.targets, "LoRA")
+        for pattern in self.ranks:
+            if not any(re.search(pattern, place) for place, _ in found):
+                raise InputError(f"LoRA.ranks: '{pattern}' matches none of the {len(found)} layers that LoRA adapts")
+        for place, layer in found:
             rank = next((r for pattern, r in self.ranks.items() if re.search(pattern, place)), self.rank)
             alpha = rank if self.alpha is None else self.alpha
             factor = alpha / (math.sqrt(rank) if self.rank_stabilized else rank)

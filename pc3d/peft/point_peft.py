@@ -89,6 +89,8 @@ class PointPEFT(Adaptation):
 
 
 class PointPEFTPart(NetworkPart):
+    passes_by = (TransformerBlock,)
+
     def __init__(self, adapter: str, config: PointPEFT, network: PatchTransformer) -> None:
         super().__init__(adapter, network, network.out_channels)
         self.config = config

@@ -69,6 +69,8 @@ class PointGST(Adaptation):
 
 
 class PointGSTPart(NetworkPart):
+    passes_by = (TransformerBlock,)
+
     def __init__(self, adapter: str, config: PointGST, network: PatchTransformer) -> None:
         super().__init__(adapter, network, network.out_channels)
         self.config = config

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import nn
 
+from pc3d.errors import InputError
 from pc3d.nn.backbone import Backbone
 from pc3d.peft.adaptation import Adaptation, places
 from pc3d.peft.weights import Difference, Scale, Shift, adapt_weight
@@ -40,9 +42,7 @@ class BitFit(Adaptation):
 
     def insert(self, backbone: Backbone, name: str) -> None:
         found = places(backbone, (*_LAYERS, *_NORMS), self.targets, "BitFit")
-        for _, layer in found:
-            if isinstance(layer.bias, nn.Parameter):
-                adapt_weight(layer, "bias", Difference(name, layer.bias))
+        _train_differences(backbone, name, "BitFit", [layer for _, layer in found], ("bias",))
 
 
 class NormTuning(Adaptation):
@@ -58,10 +58,8 @@ class NormTuning(Adaptation):
         self.targets = targets
 
     def insert(self, backbone: Backbone, name: str) -> None:
-        for _, norm in places(backbone, _NORMS, self.targets, "NormTuning"):
-            for tensor in ("weight", "bias"):
-                if (value := getattr(norm, tensor)) is not None:
-                    adapt_weight(norm, tensor, Difference(name, value))
+        found = places(backbone, _NORMS, self.targets, "NormTuning")
+        _train_differences(backbone, name, "NormTuning", [norm for _, norm in found], ("weight", "bias"))
 
 
 class ScaleShift(Adaptation):
@@ -83,7 +81,23 @@ class ScaleShift(Adaptation):
             if layer.weight is None:
                 continue
             scale = Scale(name, layer)
-            if added := layer.bias is None:
-                layer.bias = nn.Parameter(layer.weight.new_zeros(len(scale.gamma)), requires_grad=False)
             adapt_weight(layer, "weight", scale)
-            adapt_weight(layer, "bias", Shift(name, scale, added))
+            adapt_weight(layer, "bias", Shift(name, scale))
+
+
+def _train_differences(
+    backbone: Backbone, name: str, who: str, layers: Sequence[nn.Module], tensors: Sequence[str]
+) -> None:
+    """Let these tensors of the layers, where they have them, train as differences from what they are.
+
+    Raises:
+        InputError: if none has any.
+    """
+    found = [(layer, tensor) for layer in layers for tensor in tensors if layer._parameters.get(tensor) is not None]
+    if not found:
+        raise InputError(
+            f"peft: {who} finds no {' or '.join(tensors)} in {len(layers)} layers of {type(backbone).__name__}; "
+            "name others with targets"
+        )
+    for layer, tensor in found:
+        adapt_weight(layer, tensor, Difference(name, cast(nn.Parameter, layer._parameters[tensor])))

@@ -82,15 +82,15 @@ class Scale(WeightPart):
 
 
 class Shift(WeightPart):
-    """``gamma * b + beta``; ``added``: the layer had no bias before, and has none again without this part."""
+    """``gamma * b + beta``; ``beta`` where the layer has no bias."""
 
-    def __init__(self, adapter: str, scale: Scale, added: bool) -> None:
+    def __init__(self, adapter: str, scale: Scale) -> None:
         super().__init__(adapter)
-        self.scale, self.added = (scale,), added  # in a tuple: the factors belong to the weight's part
+        self.scale = (scale,)  # in a tuple: the factors belong to the weight's part
         self.beta = nn.Parameter(torch.zeros_like(scale.gamma))
 
-    def adapted(self, weight: Tensor) -> Tensor:
-        return self.scale[0].gamma * weight + self.beta
+    def adapted(self, weight: Tensor | None) -> Tensor:
+        return self.beta if weight is None else self.scale[0].gamma * weight + self.beta
 
 
 def adapt_weight(module: nn.Module, tensor: str, part: WeightPart) -> None:
@@ -116,39 +116,52 @@ def is_adapted(module: nn.Module) -> bool:
     return isinstance(module, _Adapted)
 
 
-def restore_weight(module: nn.Module, adapter: str, keep: bool = False) -> None:
-    """Take an adapter's parts off an adapted module; with ``keep`` what they made of the weights becomes the weights.
+def lies_on_another(module: nn.Module, adapter: str) -> bool:
+    """Whether parts of another adapter come before those of this one in an adapted module."""
+    orders = ([cast(AdapterPart, part).adapter for part in parts.values()] for parts in _lists(module).values())
+    return any(adapter in order and set(order[: order.index(adapter)]) - {adapter} for order in orders)
 
-    Raises:
-        InputError: with ``keep``, if parts of another adapter come before.
-    """
-    lists = cast(nn.ModuleDict, module.adapted)
+
+def restore_weight(module: nn.Module, adapter: str, keep: bool = False) -> None:
+    """Take an adapter's parts off an adapted module; with ``keep`` what they make of the weights becomes these."""
+    lists = _lists(module)
     for tensor, parts in list(lists.items()):
-        assert isinstance(parts, nn.ModuleDict)
         mine = [key for key, part in parts.items() if cast(AdapterPart, part).adapter == adapter]
-        if not mine:
-            continue
         if keep:
-            if mine != list(parts)[: len(mine)]:
-                raise InputError(f"peft: adapter '{adapter}' lies on another one: merge that one first")
-            with torch.no_grad():
-                original = value = cast(Tensor, module._parameters[tensor])
-                for key in mine:
-                    value = cast(WeightPart, parts[key])(value)
-                original.copy_(value)
-        added = any(getattr(parts[key], "added", False) for key in mine)
+            _keep(module, tensor, [cast(WeightPart, parts[key]) for key in mine])
         for key in mine:
             del parts[key]
-        if added and not keep:
-            module.register_parameter(tensor, None)
         if not parts:
-            del lists[tensor]
+            del cast(nn.ModuleDict, module.adapted)[tensor]
     plain = _plain_class(module)
-    if lists:
-        module.__class__ = _adapted_class(cast(Any, plain), *sorted(lists))
+    if left := cast(nn.ModuleDict, module.adapted):
+        module.__class__ = _adapted_class(cast(Any, plain), *sorted(left))
     else:
         module.__class__ = plain
         del module.adapted
+
+
+@torch.no_grad()
+def _keep(module: nn.Module, tensor: str, parts: list[WeightPart]) -> None:
+    original = _original(module, tensor)
+    value = original
+    for part in parts:
+        value = part.adapted(value)
+    if original is not None:
+        original.copy_(value)
+    elif parts:
+        module.__dict__.pop(tensor, None)  # a plain None, in place of a parameter
+        module._parameters[tensor] = nn.Parameter(value.clone(), requires_grad=False)
+
+
+def _original(module: nn.Module, tensor: str) -> Tensor:
+    """The tensor before any part; None of a layer without it, which only :class:`Shift` adapts."""
+    return cast(Tensor, module._parameters.get(tensor))
+
+
+def _lists(module: nn.Module) -> dict[str, nn.ModuleDict]:
+    """The parts of an adapted module, by the tensor that they adapt."""
+    return {tensor: cast(nn.ModuleDict, parts) for tensor, parts in cast(nn.ModuleDict, module.adapted).items()}
 
 
 class _Adapted:
@@ -172,7 +185,7 @@ def _adapted_class(cls: Any, *tensors: str) -> Any:
 
 
 def _adapted_tensor(tensor: str, module: nn.Module) -> Tensor:
-    value = cast(Tensor, module._parameters[tensor])
+    value = _original(module, tensor)
     parts = cast(nn.ModuleDict, cast(nn.ModuleDict, module.adapted)[tensor])
     for part in parts.values():
         value = cast(WeightPart, part)(value)

@@ -14,6 +14,7 @@ from pc3d.errors import InputError
 from pc3d.models import LitePT, PointViT, PTv3, SparseUNet
 from pc3d.nn import Backbone
 from pc3d.peft import (
+    DAPT,
     Adaptation,
     BitFit,
     Bottleneck,
@@ -21,6 +22,7 @@ from pc3d.peft import (
     LinearProbe,
     LoRA,
     NormTuning,
+    PointGST,
     Prompts,
     ScaleShift,
     attach,
@@ -143,7 +145,9 @@ def test_life_of_an_adapter(kind: str, how: str, tmp_path: Path) -> None:
     if method.mergeable:
         merge(twin)
         torch.testing.assert_close(features(twin), after, rtol=1e-4, atol=1e-5)
-        assert how == "scale" or twin.state_dict().keys() == state.keys()
+        assert state.keys() <= twin.state_dict().keys()
+        extra = twin.state_dict().keys() - state.keys()
+        assert all(how == "scale" and name.endswith(".bias") for name in extra)
     else:
         with pytest.raises(InputError, match="cannot be merged"):
             merge(twin)
@@ -185,6 +189,52 @@ def test_adapters_of_several_names(kind: str, tmp_path: Path) -> None:
         attach(base, LoRA(), "b")
 
 
+@pytest.mark.parametrize("kind", ["vit", "spunet"])
+@pytest.mark.parametrize(("below", "above"), [(ScaleShift, ScaleShift), (ScaleShift, BitFit), (NormTuning, BitFit)])
+def test_an_adapter_does_not_depend_on_those_below(
+    kind: str, below: type[Adaptation], above: type[Adaptation], tmp_path: Path
+) -> None:
+    """Nor is it cut short by them: what it adapts, and its file, are those of the network alone."""
+    base, alone = network(kind), network(kind)
+    attach(base, below(), "a")
+    shake(base)
+    attach(base, above(), "b")
+    attach(alone, above(), "b")
+    assert attached(base)["b"].added == attached(alone)["b"].added
+    shake(base)
+    with pytest.raises(InputError, match="'b' acts together with 'a'"):
+        save_adapter(tmp_path / "b", base, "b")
+    use(base, "b")
+    expected = features(base)
+    file, _ = save_adapter(tmp_path / "b", base, "b")
+    fresh = network(kind)
+    load_adapter(file, fresh)
+    assert torch.equal(features(fresh), expected)
+    detach(base, "a")
+    assert torch.equal(features(base), expected)
+    detach(base, "b")
+    assert torch.equal(features(base), features(network(kind)))
+    assert base.state_dict().keys() == network(kind).state_dict().keys()
+
+
+def test_a_merge_that_is_refused_changes_nothing_and_one_is_done_whole() -> None:
+    base = network("vit")
+    before = features(base)
+    attach(base, LoRA(2, targets=[r"blocks\.1"]), "a")
+    shake(base)
+    attach(base, LoRA(2), "b")
+    shake(base)
+    both, state = features(base), copy.deepcopy(base.state_dict())
+    with pytest.raises(InputError, match="'b' lies on another one"):
+        merge(base, "b")
+    assert all(torch.equal(base.state_dict()[name], value) for name, value in state.items())
+    use(base)
+    assert torch.equal(features(base), before)
+    merge(base, "a")  # although it does not act now
+    merge(base, "b")
+    torch.testing.assert_close(features(base), both, rtol=1e-4, atol=1e-5)
+
+
 def test_every_layer_of_lora_has_an_effect() -> None:
     """Also where a fused kernel reads the weight of a layer instead of calling it."""
     for kind in BACKBONES:
@@ -213,7 +263,10 @@ def test_prompts() -> None:
     assert all(p.grad is not None and bool(p.grad.any()) for p in base.parameters() if p.requires_grad)
     detach(base)
     attach(base, Prompts(3, shallow=True))
-    assert base.encode(tokens).special == 1 + 3
+    given = base.encode(tokens)
+    assert given.special == 1 + 3
+    expected = base.norm(given.feat)
+    assert torch.equal(base(POINTS), torch.cat([expected[:, 0], expected[:, 4:].amax(1)], 1)), "without the prompts"
     with pytest.raises(InputError, match="SparseUNet has none"):
         attach(network("spunet"), Prompts())
 
@@ -253,6 +306,26 @@ def test_an_attempt_that_fails_changes_nothing() -> None:
     assert base.state_dict().keys() == state.keys()
     assert all(p.requires_grad for p in base.parameters())
     assert not attached(base)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (BitFit(["qkv"]), "BitFit finds no bias in 2 layers"),
+        (LoRA(ranks={"head": 3}), "LoRA.ranks: 'head' matches none of the 8 layers"),
+        (Combined([PointGST(3, 4), Prompts(2)]), "around 'blocks.0' would do nothing: PointGST runs"),
+        (Combined([Bottleneck(2), DAPT(2)]), "around 'blocks.0.mlp' would do nothing: DAPT runs"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(method: Adaptation, message: str) -> None:
+    base = network("vit")
+    state, before = base.state_dict(), features(base)
+    with pytest.raises(InputError, match=message):
+        attach(base, method)
+    assert base.state_dict().keys() == state.keys()
+    assert torch.equal(features(base), before)
+    with pytest.raises(InputError, match=r"LoRA\.alpha: 0 must be positive"):
+        LoRA(alpha=0)
 
 
 def test_half_precision_keeps_small_differences() -> None:
