@@ -1,5 +1,6 @@
 """Datasets, one per file: what they yield is documented in :class:`pc3d.data.dataset.PointDataset`."""
 
+from pc3d.datasets.corrupted_modelnet40 import CorruptedModelNet40
 from pc3d.datasets.few_shot import FewShot, ModelNetFewShot
 from pc3d.datasets.folder import FolderDataset
 from pc3d.datasets.kitti_object import KITTIObject
@@ -23,6 +24,7 @@ from pc3d.datasets.waymo import Waymo
 __all__ = [
     "MOSD",
     "S3DIS",
+    "CorruptedModelNet40",
     "FewShot",
     "FolderDataset",
     "KITTIObject",

@@ -14,9 +14,8 @@ from pc3d import InputError, Points
 from pc3d.data.boxes import add_boxes
 from pc3d.data.transforms import Corrupt
 from pc3d.data.transforms import corruptions as C
-from pc3d.data.transforms.corruptions import MODELNET40_C, MODELNET_C, severities
+from pc3d.data.transforms.corruptions import KINDS, severities
 
-KINDS = [*(kind for group in MODELNET40_C.values() for kind in group), *MODELNET_C]
 # Points that the published generators give for clouds of 2,048, severity after severity.
 COUNTS = {
     "lidar": [768] * 5,

@@ -36,13 +36,14 @@ UpAxis = Literal["y", "z"]
 _Changed = tuple[Tensor, Tensor]
 """``(M, 3)`` coordinates and the ``(M,)`` row that each point was, or was made from."""
 
+KINDS: tuple[Corruption, ...] = get_args(Corruption)
 MODELNET40_C: dict[str, tuple[Corruption, ...]] = {
-    "density": get_args(Corruption)[:5],
-    "noise": get_args(Corruption)[5:10],
-    "transformation": get_args(Corruption)[10:15],
+    "density": KINDS[:5],
+    "noise": KINDS[5:10],
+    "transformation": KINDS[10:15],
 }
 """Groups of corruptions of ModelNet40-C, severities 1 to 5."""
-MODELNET_C: tuple[Corruption, ...] = get_args(Corruption)[15:]
+MODELNET_C: tuple[Corruption, ...] = KINDS[15:]
 """Corruptions of ModelNet-C, levels 0 to 4."""
 _POINTS = 1024  # that published counts are meant for
 
@@ -67,8 +68,8 @@ class Corrupt(CloudTransform):
     """
 
     def __init__(self, corruption: Corruption, severity: int, points: int = _POINTS, up: UpAxis = "z") -> None:
-        if corruption not in _KINDS:
-            raise InputError(f"Corrupt.corruption: '{corruption}' is none of {', '.join(_KINDS)}")
+        if corruption not in KINDS:
+            raise InputError(f"Corrupt.corruption: '{corruption}' is none of {', '.join(KINDS)}")
         allowed = severities(corruption)
         if severity not in allowed:
             raise InputError(f"Corrupt.severity: {severity} of {corruption} is not {allowed[0]} to {allowed[-1]}")
