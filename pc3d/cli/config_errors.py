@@ -69,7 +69,7 @@ def config_message(text: str, parser: Any) -> str:
 def _problems(text: str) -> str:
     """What is wrong with a value of several possible types, line by line.
 
-    That is what a constructor says; where there is none, the types that the innermost of nested values may have (what is
+    That is what a constructor says; if none does, the types that the innermost of nested values may have (what is
     around it may be null too, which is of no interest).
     """
     lines = [(len(line) - len(line.lstrip()), line.strip().removeprefix("- ")) for line in text.splitlines()]
