@@ -16,6 +16,8 @@ Floats = NDArray[np.float64]
 _CURVE_DEPTH = 31  # of a code of 62 bits, which also seeds a generator
 _MAX_LEVEL = 12
 _SLACK = 1e-3  # metres; borders in metres are rounded, those in sides of a tile decide
+_MOST_GUESSED = 1000  # tiles that a guess may reach; headers with wrong boxes make guesses without end
+_MOST_COLUMNS = 2.0**40  # of either sign: beyond, float64 no longer tells neighbours apart
 
 
 @dataclass(frozen=True, order=True)
@@ -46,6 +48,7 @@ class TilePlan:
 
     Where a chunk's points are is not stored in LAZ files. Until a chunk has been decoded (:meth:`learn`) its place is
     guessed from its first point, its neighbours in the file and a safety radius; the octree of COPC files is exact.
+    There are tiles where a guess reaches and where points have been seen, not between points that lie far apart.
 
     Args:
         index: the scan.
@@ -76,8 +79,12 @@ class TilePlan:
         self.bounds, self.known = _guess(index, self._first)
         self.leaves: set[Tile] = set()
         self._halved: set[Tile] = set()
+        self._roots: set[Tile] = set()
+        self._cover(np.floor(self.place(self._first)))
         for bounds in self.bounds:
-            self.cover(bounds)
+            first, last = np.floor(self.place(bounds.reshape(2, 2)))
+            if (last - first + 1).prod() <= _MOST_GUESSED:
+                self._cover(_cells(first, last))
         self._halve_dense()
 
     # Geometry --------------------------------------------------------------------------------------------------------
@@ -118,34 +125,48 @@ class TilePlan:
         b = self.bounds
         return np.flatnonzero((b[:, 0] <= x_end) & (b[:, 2] >= x) & (b[:, 1] <= y_end) & (b[:, 3] >= y))
 
-    def learn(self, number: int, xy: Floats) -> None:
+    def outline(self, xy: Floats) -> Floats:
+        """``(m, 2)`` a few of the points of a chunk, from which :meth:`learn` learns as much as from all of them."""
+        _, one_per_tile = np.unique(np.floor(self.place(xy)) @ np.array([1, 1j]), return_index=True)
+        return xy[np.union1d(one_per_tile, [*xy.argmin(0), *xy.argmax(0)])]
+
+    def learn(self, number: int, xy: Floats) -> set[Tile]:
         """Take the true bounds of a decoded chunk, and make sure that there are tiles for all of its points.
 
         A file whose chunks reach further than guessed gets wider guesses for the chunks not seen yet.
+
+        Returns:
+            The tiles that are new.
         """
         true = np.concatenate([xy.min(0), xy.max(0)])
         before, was_known = self.bounds[number].copy(), bool(self.known[number])
         self.bounds[number], self.known[number] = true, True
-        self.cover(true)
         beyond = float(np.maximum(before[:2] - true[:2], true[2:] - before[2:]).max())
         if beyond > 0 and not was_known:
             guessed = (self._file == self._file[number]) & ~self.known
             self.bounds[guessed] += beyond * np.array([-1, -1, 1, 1])
+        return self._cover(np.unique(np.floor(self.place(xy)), axis=0))
 
-    def cover(self, bounds: Floats) -> None:
-        """Make sure that there are tiles wherever points may be."""
-        first, last = np.floor(self.place(bounds.reshape(2, 2))).astype(int)
-        for column in range(first[0], last[0] + 1):
-            for row in range(first[1], last[1] + 1):
-                tile = Tile(0, column, row)
-                if tile not in self._halved:
-                    self.leaves.add(tile)
+    def _cover(self, cells: Floats) -> set[Tile]:
+        """Make sure that there are tiles of level 0 in ``(n, 2)`` columns and rows; those that are new."""
+        if not (np.abs(cells) < _MOST_COLUMNS).all():
+            raise InputError(
+                f"tiles of {self.side:g} m, counted from {self.low.tolist()}: some points are more than 2^40 tiles "
+                "away: give a larger edge, or leave out the file with a bounding box like that"
+            )
+        new = {Tile(0, column, row) for column, row in cells.astype(np.int64).tolist()} - self._roots
+        self._roots |= new
+        self.leaves |= new
+        return new
 
     def leaves_at(self, bounds: Floats, margin: float) -> list[Tile]:
         """Leaves whose square, widened by a margin in metres, meets a box."""
         low, high = bounds[:2] - margin - _SLACK, bounds[2:] + margin + _SLACK
-        first, last = np.floor(self.place(np.stack([low, high]))).astype(int)
-        roots = (Tile(0, c, r) for c in range(first[0], last[0] + 1) for r in range(first[1], last[1] + 1))
+        first, last = np.floor(self.place(np.stack([low, high])))
+        if (last - first + 1).prod() > len(self._roots):
+            roots = self._roots
+        else:
+            roots = {Tile(0, column, row) for column, row in _cells(first, last).astype(np.int64).tolist()}
         return [leaf for root in roots for leaf in self._below(root, low, high)]
 
     def _below(self, tile: Tile, low: Floats, high: Floats) -> Iterator[Tile]:
@@ -190,6 +211,12 @@ class TilePlan:
         return hilbert((tile.column << shift) + offset, (tile.row << shift) + offset, _CURVE_DEPTH)
 
 
+def _cells(first: Floats, last: Floats) -> Floats:
+    """``(n, 2)`` all columns and rows from ``first`` to ``last``."""
+    columns, rows = (np.arange(a, b + 1) for a, b in zip(first, last, strict=True))
+    return np.stack(np.meshgrid(columns, rows), -1).reshape(-1, 2)
+
+
 def hilbert(x: int, y: int, depth: int) -> int:
     """Place of a cell on the Hilbert curve through ``2**depth`` by ``2**depth`` cells."""
     place = 0
@@ -225,6 +252,7 @@ def _guess(index: LasIndex, first: Floats) -> tuple[Floats, NDArray[np.bool_]]:
             if len(file) == 1:
                 guess = np.concatenate([box_low, box_high], 1)
             exact = np.isfinite(octree[:, 0])
+            octree = np.concatenate([np.minimum(octree[:, :2], own), np.maximum(octree[:, 2:], own)], 1)
             bounds[start:end], known[start:end] = np.where(exact[:, None], octree, guess), exact
         start = end
     return bounds, known

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -158,7 +159,8 @@ class StreamingPredictor:
         cache_bytes: for decoded chunks.
         blend: average over halos.
         keep_probabilities: of all classes, for the output.
-        priority: tiles with a higher value come first; may be replaced while running. Default: the Hilbert curve.
+        priority: tiles with a higher value come first; may be replaced while running, so all tiles are compared again
+            for every next one. Default: the Hilbert curve.
 
     Raises:
         InputError: if the folder belongs to a run of something else.
@@ -186,7 +188,8 @@ class StreamingPredictor:
         self._done: dict[Tile, _Done] = {}
         self._finished: set[int] = set()  # chunks
         self._learned: set[int] = set()  # chunks whose true place is known
-        self._curve: dict[Tile, int] = {}
+        self._pending: dict[Tile, int] = {}  # and their places on the curve
+        self._queue: list[tuple[int, Tile]] = []  # a heap of all that is or was pending
         (folder / "tiles").mkdir(parents=True, exist_ok=True)
         (folder / "chunks").mkdir(exist_ok=True)
         self._journal = Journal(folder / "journal.jsonl", identity)
@@ -203,6 +206,8 @@ class StreamingPredictor:
             InputError: if a chunk is damaged, or a file cannot be written.
         """
         with ChunkCache(self._index, self._cache_bytes) as cache, self._journal:
+            self._pending.clear()  # of tiles that an earlier run has added and done
+            self._add(self.plan.leaves - self._done.keys())
             self._finish_chunks(set(range(len(self._index.file))) - self._finished, cache)
             while (tile := self._next()) is not None:
                 self._do(tile, cache)
@@ -215,24 +220,30 @@ class StreamingPredictor:
 
     # Tiles -----------------------------------------------------------------------------------------------------------
 
-    def _next(self, after: Tile | None = None) -> Tile | None:
-        """The tile to do next."""
-        pending = (leaf for leaf in self.plan.leaves if leaf not in self._done and leaf != after)
-        return min(pending, key=self._order, default=None)
+    def _add(self, tiles: Iterable[Tile]) -> None:
+        """Tiles that are to be done."""
+        for tile in tiles:
+            self._pending[tile] = self.plan.curve(tile)
+            heapq.heappush(self._queue, (self._pending[tile], tile))
 
-    def _order(self, tile: Tile) -> tuple[float, int]:
-        if tile not in self._curve:
-            self._curve[tile] = self.plan.curve(tile)
-        return (0.0 if self.priority is None else -self.priority(tile), self._curve[tile])
+    def _next(self) -> Tile | None:
+        """The tile to do next."""
+        if self.priority is not None:
+            priority = self.priority
+            return min(self._pending, key=lambda tile: (-priority(tile), self._pending[tile]), default=None)
+        while self._queue and self._queue[0][1] not in self._pending:
+            heapq.heappop(self._queue)
+        return self._queue[0][1] if self._queue else None
 
     def _do(self, tile: Tile, cache: ChunkCache) -> None:
+        del self._pending[tile]
         gathered = self._gather(tile, cache)
         if gathered is None:
             self._journal.add({"halved": [tile.level, tile.column, tile.row]})
-            self.plan.halve(tile)
+            self._add(self.plan.halve(tile))
             return
         parts, listed = gathered
-        following = self._next(after=tile)
+        following = self._next()
         if following is not None:
             cache.decode_ahead(self.plan.chunks(following).tolist(), keep=listed)
         rows = self._store(tile, parts)
@@ -267,21 +278,21 @@ class StreamingPredictor:
         """Take the true place of a chunk; tiles that were done without it are done again."""
         if number in self._learned:
             return
-        bounds = [float(value) for value in (*xy.min(0), *xy.max(0))]
-        self._journal.add({"learned": number, "bounds": bounds})
-        self._take_bounds(number, bounds)
+        outline = self.plan.outline(xy)
+        self._journal.add({"learned": number, "at": outline.tolist()})
+        self._take_place(number, outline)
 
-    def _take_bounds(self, number: int, bounds: list[float]) -> None:
+    def _take_place(self, number: int, outline: NDArray[np.float64]) -> None:
         self._learned.add(number)
-        corners = np.array(bounds).reshape(2, 2)
-        self.plan.learn(number, corners)
-        for leaf in self.plan.leaves_at(corners.reshape(4), self.plan.halo):
+        self._add(self.plan.learn(number, outline))
+        for leaf in self.plan.leaves_at(self.plan.bounds[number], self.plan.halo):
             if leaf in self._done and number not in self._done[leaf].listed:
                 self._reopen(leaf)
 
     def _reopen(self, tile: Tile) -> None:
         self.progress.repeated += 1
         self._unfinish(self._done.pop(tile).rows)
+        self._add([tile])
 
     def _take_tile(self, tile: Tile, done: _Done) -> None:
         """A tile is done; one found late may blend into chunks that were thought to be finished."""
@@ -305,7 +316,7 @@ class StreamingPredictor:
         box = self.plan.box(tile)
         grouped = [(int(self._index.file[number]), records) for number, _, records in parts]
         cloud = self._points.cloud(_joined(grouped), f"tile {tile}", box[:2] - self.plan.halo)
-        generator = torch.Generator().manual_seed(self._curve.get(tile, self.plan.curve(tile)))
+        generator = torch.Generator().manual_seed(self.plan.curve(tile))
         probabilities = self._predict(cloud, generator).float().cpu().numpy()
         del cloud
         spans: dict[int, tuple[int, int]] = {}
@@ -372,10 +383,9 @@ class StreamingPredictor:
 
     def _replay(self, entry: dict[str, Any]) -> None:
         if "learned" in entry:
-            self._take_bounds(entry["learned"], entry["bounds"])
+            self._take_place(entry["learned"], np.array(entry["at"]))
         elif "halved" in entry:
-            tile = Tile(*entry["halved"])
-            self.plan.halve(tile)
+            self.plan.halve(Tile(*entry["halved"]))
         elif "chunk" in entry:
             number = entry["chunk"]
             if number not in self._finished and _size(self._chunk_file(number)) == entry["bytes"]:
