@@ -143,7 +143,7 @@ class PointTask(pl.LightningModule, Configurable):
         if steps == float("inf"):
             raise InputError("the schedule needs the length of the run: set trainer.max_epochs or trainer.max_steps")
         optimizer = build_optimizer(self.optimizer_config, self.named_parameters())
-        schedule = build_schedule(self.schedule_config, optimizer, int(steps))
+        schedule = build_schedule(self.schedule_config, optimizer, int(steps), self.trainer.max_epochs)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_callbacks(self) -> list[pl.Callback]:

@@ -73,8 +73,10 @@ class ScheduleConfig:
     """The learning rate over the optimizer steps t = 0..T-1 of the whole run (T is taken from the trainer).
 
     Args:
-        name: ``onecycle`` (torch's, cosine), ``poly`` (``(1 - t / (T + 1)) ** power``), ``cosine``, ``multistep`` or
-            ``constant``.
+        name: ``onecycle`` (torch's, cosine), ``poly`` (``(1 - t / (T + 1)) ** power``), ``cosine``, ``multistep``,
+            ``constant``, or ``epoch_cosine``: one rate per epoch, as Point-BERT and its successors have it. Of E epochs
+            the one numbered e has ``min_lr + (lr - min_lr) f(max(e - 1, 0))`` with ``f(n) = n / W`` for n < W warm-up
+            epochs, ``(1 + cos(pi n / E)) / 2`` after them.
         pct_start: onecycle: fraction of T with a rising rate, default 0.05.
         div_factor: onecycle: peak / first rate, default 10.
         final_div_factor: onecycle: first / last rate, default 1000.
@@ -83,13 +85,15 @@ class ScheduleConfig:
         min_factor: cosine: last rate as a fraction of the peak, default 0.
         milestones: multistep: fractions of T at which the rate is multiplied by ``gamma``, default 0.6 and 0.8.
         gamma: multistep: default 0.1.
-        warmup: all but onecycle: fraction of T with a linearly rising rate before the schedule takes over, default 0.
+        min_lr: epoch_cosine: first and last rate of every parameter group, default 0.
+        warmup: all but onecycle: fraction of T with a linearly rising rate before the schedule takes over, default 0;
+            epoch_cosine: fraction of the epochs.
 
     Raises:
         InputError: for a value out of range, or an option which this schedule does not have.
     """
 
-    name: Literal["onecycle", "poly", "cosine", "multistep", "constant"] = "onecycle"
+    name: Literal["onecycle", "poly", "cosine", "multistep", "constant", "epoch_cosine"] = "onecycle"
     pct_start: float | None = None
     div_factor: float | None = None
     final_div_factor: float | None = None
@@ -98,6 +102,7 @@ class ScheduleConfig:
     min_factor: float | None = None
     milestones: list[float] | None = None
     gamma: float | None = None
+    min_lr: float | None = None
     warmup: float | None = None
 
     def __post_init__(self) -> None:
@@ -107,6 +112,7 @@ class ScheduleConfig:
             "cosine": {"min_factor", "warmup"},
             "multistep": {"milestones", "gamma", "warmup"},
             "constant": {"warmup"},
+            "epoch_cosine": {"min_lr", "warmup"},
         }
         _refuse_foreign_options(self, "schedule", options)
         fractions = {"pct_start": self.pct_start, "warmup": self.warmup, "min_factor": self.min_factor}
@@ -114,6 +120,8 @@ class ScheduleConfig:
         for key, value in fractions.items():
             if value is not None and not 0 <= value <= 1:
                 raise InputError(f"schedule.{key} is {value}: it is a fraction, between 0 and 1")
+        if self.min_lr is not None and self.min_lr < 0:
+            raise InputError(f"schedule.min_lr is {self.min_lr}: it must not be negative")
         if self.milestones is not None and sorted(self.milestones) != list(self.milestones):
             raise InputError(f"schedule.milestones {self.milestones} must rise")
 
@@ -168,12 +176,19 @@ def _examples(named: list[tuple[str, nn.Parameter]]) -> str:
     return ", ".join(name for name, _ in named[::step][:4]) + ", ..."
 
 
-def build_schedule(config: ScheduleConfig, optimizer: Optimizer, total_steps: int) -> LRScheduler:
-    """The scheduler to be stepped once after each of the ``total_steps`` optimizer steps.
+def build_schedule(
+    config: ScheduleConfig, optimizer: Optimizer, total_steps: int, epochs: int | None = None
+) -> LRScheduler:
+    """The scheduler to be stepped once after each of the ``total_steps`` optimizer steps of so many ``epochs``.
 
     Raises:
-        InputError: if ``max_lr`` does not have one value per parameter group.
+        InputError: if ``max_lr`` does not have one value per parameter group, or ``epochs`` must be known and are not.
     """
+    if config.name == "epoch_cosine":
+        if epochs is None or epochs < 1:
+            raise InputError("schedule 'epoch_cosine' needs the number of epochs: set trainer.max_epochs")
+        peaks = [group["lr"] for group in optimizer.param_groups]
+        return LambdaLR(optimizer, [partial(_epoch_cosine, config, total_steps / epochs, epochs, lr) for lr in peaks])
     if config.name != "onecycle":
         return LambdaLR(optimizer, partial(rate_factor, config, total_steps))
     peaks = [group["lr"] for group in optimizer.param_groups] if config.max_lr is None else config.max_lr
@@ -194,13 +209,21 @@ def build_schedule(config: ScheduleConfig, optimizer: Optimizer, total_steps: in
 
 
 def rate_factor(config: ScheduleConfig, total_steps: int, step: int) -> float:
-    """Learning rate at optimizer step ``step`` over the configured one (any schedule but onecycle)."""
+    """Learning rate at optimizer step ``step`` over the configured one: a schedule that counts steps alone."""
     warmup = round((config.warmup or 0.0) * total_steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)
     # Clamped: torch asks once more after the last step, and a resumed run may be longer than planned.
     t, total = min(step - warmup, total_steps - warmup), max(total_steps - warmup, 1)
     return _FACTORS[config.name](config, t, total)
+
+
+def _epoch_cosine(config: ScheduleConfig, epoch_steps: float, epochs: int, lr: float, step: int) -> float:
+    """Learning rate of the epoch that ``step`` belongs to, over the configured one."""
+    floor, warmup = config.min_lr or 0.0, round((config.warmup or 0.0) * epochs)
+    n = max(int((step + 0.5) / epoch_steps) - 1, 0)  # the published loop steps its scheduler behind an epoch
+    rise = n / warmup if n < warmup else (1 + math.cos(math.pi * min(n / epochs, 1))) / 2
+    return (floor + (lr - floor) * rise) / lr if lr else 0.0
 
 
 def _poly(config: ScheduleConfig, t: int, total: int) -> float:

@@ -33,10 +33,12 @@ def names_of(optimizer: torch.optim.Optimizer, net: nn.Module) -> list[list[str]
     return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
 
 
-def rates(config: ScheduleConfig, steps: int, optimizer_config: OptimizerConfig | None = None) -> list[list[float]]:
+def rates(
+    config: ScheduleConfig, steps: int, optimizer_config: OptimizerConfig | None = None, epochs: int | None = None
+) -> list[list[float]]:
     """Rates of all groups at each of the optimizer steps."""
     optimizer = build_optimizer(optimizer_config or OptimizerConfig(lr=1.0), Net().named_parameters())
-    schedule = build_schedule(config, optimizer, steps)
+    schedule = build_schedule(config, optimizer, steps, epochs)
     seen = []
     for _ in range(steps):
         seen.append([group["lr"] for group in optimizer.param_groups])
@@ -87,6 +89,8 @@ def test_sgd_has_nesterov_momentum() -> None:
         (lambda: OptimizerConfig(groups=[ParameterGroup("a", weight_decay=-2)]), r"groups\[a\].weight_decay is -2"),
         (lambda: ScheduleConfig("poly", pct_start=0.1), "'poly' has no option 'pct_start' .it has: power, warmup"),
         (lambda: ScheduleConfig("onecycle", warmup=0.1), "'onecycle' has no option 'warmup'"),
+        (lambda: ScheduleConfig("cosine", min_lr=1e-6), "'cosine' has no option 'min_lr'"),
+        (lambda: ScheduleConfig("epoch_cosine", min_lr=-1), r"schedule\.min_lr is -1"),
         (lambda: ScheduleConfig("cosine", warmup=3), "schedule.warmup is 3: it is a fraction"),
         (lambda: ScheduleConfig("multistep", milestones=[0.8, 0.2]), "must rise"),
     ],
@@ -135,6 +139,20 @@ def test_cosine_with_warmup() -> None:
     assert seen[:10] == pytest.approx([(t + 1) / 11 for t in range(10)])
     expected = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * t / 40)) for t in range(40)]
     assert seen[10:] == pytest.approx(expected)
+
+
+def test_epoch_cosine_has_the_published_rates() -> None:
+    """Of Point-BERT, Point-MAE and Point-PQAE; 300 epochs of 3 steps."""
+    groups = OptimizerConfig(lr=5e-4, groups=[ParameterGroup("block", lr=5e-3)])
+    seen = rates(ScheduleConfig("epoch_cosine", warmup=0.0333, min_lr=1e-6), 900, groups, epochs=300)
+    assert all(seen[3 * e] == seen[3 * e + 1] == seen[3 * e + 2] for e in range(300))
+    cosines = {11: 0.9972609476841367, 151: 0.5, 299: 1.0965804991562e-4}  # of 10, 150 and 298 epochs
+    for epoch, rise in {0: 0.0, 1: 0.0, 2: 0.1, 10: 0.9, **cosines}.items():
+        expected = [1e-6 + (lr - 1e-6) * rise for lr in (5e-4, 5e-3)]
+        assert seen[3 * epoch] == pytest.approx(expected, rel=1e-6), epoch
+    with pytest.raises(InputError, match=r"needs the number of epochs: set trainer\.max_epochs"):
+        rates(ScheduleConfig("epoch_cosine"), 5)
+    assert [r[0] for r in rates(ScheduleConfig("epoch_cosine"), 1, epochs=1)] == [1.0]
 
 
 def test_multistep_drops_at_fractions_of_the_run() -> None:
