@@ -45,7 +45,7 @@ _OF_PRETRAINING = (
     r"^(mask_token$|"
     r"(decoder_pos_embed|MAE_decoder|increase_dim|lm_head|cls_head|PQ_decoder|PQ_linear|PQattn_contrast)\.)"
 )
-_PREFIX = ("MAE_encoder.", "transformer_q.", "PQAE_encoder.")
+_PREFIX = ("MAE_encoder.", "transformer_q.", "PQAE_encoder.", "ACT_encoder.")
 _NEVER_PUBLISHED = r"^network\.adapters\.\w+\.bank\."
 _NOT_PRETRAINED = r"^(network\.(cls_token|cls_pos)$|network\.decoder\.|network\.(.+\.)?adapt(ers|ed)\.|head\.)"
 
@@ -83,7 +83,7 @@ def import_point_vit(
         assert isinstance(part, AdapterPart)
         plain = adapter_state(plain, name, part)
     for name, value in plain.items():
-        ours = re.sub(r"^(MAE_encoder|transformer_q|PQAE_encoder)\.", "", name)
+        ours = next((name.removeprefix(prefix) for prefix in _PREFIX if name.startswith(prefix)), name)
         if pretrained and re.match(_OF_PRETRAINING, ours):
             continue
         ours = re.sub(r"^cls_head_finetune\.(\d+)\.", lambda m: _classifier(int(m[1]), head), ours)

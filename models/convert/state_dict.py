@@ -133,9 +133,10 @@ def renamed(name: str, rules: Iterable[tuple[str, Replacement]]) -> str:
 
 
 def published_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights in a published file of an object network, without the prefix of data-parallel training."""
+    """The weights in a published file of an object network, without the prefixes that training put before names."""
     wrapped = (checkpoint[key] for key in ("base_model", "model_state_dict", "state_dict") if key in checkpoint)
-    return {name.removeprefix("module."): value for name, value in next(wrapped, checkpoint).items()}
+    state = next(wrapped, checkpoint)
+    return {name.removeprefix("module.").removeprefix("base_model."): value for name, value in state.items()}
 
 
 def without_kernel(value: Tensor) -> Tensor:

@@ -107,8 +107,13 @@ def test_visible_patches_of_a_pretraining(golden: Golden) -> None:
     meta = golden.meta["config"]
     config = {**meta["transformer_config"], **{key: meta[key] for key in ("num_group", "group_size")}}
     network, points = point_vit(config), points_of(golden)
-    new = import_point_vit({"base_model": golden.group("state")}, network)
-    assert new == ["network.cls_pos", "network.cls_token"]
+    state = golden.group("state")
+    of_act = {f"module.{name.replace('MAE_encoder.', 'ACT_encoder.')}": value for name, value in state.items()}
+    plain = {f"base_model.{name.removeprefix('MAE_encoder.')}": v for name, v in state.items() if "MAE_enc" in name}
+    for names in (of_act, {**plain, "cls_token": torch.ones(1, 1, 1), "cls_pos": torch.ones(1, 1, 1)}, state):
+        tokens = {n: v.expand_as(network.cls_token) if n.startswith("cls_") else v for n, v in names.items()}
+        new = import_point_vit({"base_model": tokens}, network)
+        assert new == ([] if "cls_token" in names else ["network.cls_pos", "network.cls_token"])
     visible = ~golden.tensor("in/mask").bool()
     with torch.no_grad():
         patches = group_patches(points, network.patch_count, network.patch_points, ignore_origin=True)
