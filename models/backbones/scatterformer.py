@@ -336,13 +336,13 @@ def _post_act(conv: SubMConv3d | SparseConv3d) -> SparseSequential:
 def _check_settings(
     grid: BevGrid, channels: int, num_heads: int, layers: Sequence[int], window: int, encoder_channels: Sequence[int]
 ) -> None:
-    if channels % num_heads or channels % _POOLING_HEADS:
+    if channels < 1 or num_heads < 1 or channels % num_heads or channels % _POOLING_HEADS:
         raise InputError(
             f"ScatterFormer: channels {channels} must be a multiple of {_POOLING_HEADS} and of num_heads {num_heads}"
         )
-    if len(layers) != 2 or window < 1:
+    if len(layers) != 2 or min(layers) < 0 or window < 1:
         raise InputError(f"ScatterFormer: layers {tuple(layers)} must be two numbers, and window {window} at least 1")
-    if not encoder_channels or any(width % 2 for width in encoder_channels[:-1]):
+    if min(encoder_channels, default=0) < 1 or any(width % 2 for width in encoder_channels[:-1]):
         raise InputError(
             f"ScatterFormer: encoder_channels {tuple(encoder_channels)} must be widths, all but the last even"
         )

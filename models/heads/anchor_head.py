@@ -21,7 +21,7 @@ from pc3d.errors import InputError
 from pc3d.losses.detection import sigmoid_focal
 from pc3d.nn.bev import BevGrid
 from pc3d.ops.boxes import nearest_iou, rotated_nms, wrap_angle
-from pc3d.tasks.heads import DetectionHead
+from pc3d.tasks.heads import DetectionHead, check_counts
 
 _DIRECTION_OFFSET = 0.78539  # radians, as published
 _DIRECTIONS = 2
@@ -40,6 +40,9 @@ class Anchor(Configurable):
         matched: an anchor that overlaps an object at least so much is positive.
         unmatched: one that overlaps none so much is negative; between the two it does not count.
         headings: in radians, one anchor each at every cell.
+
+    Raises:
+        InputError: for a size that is not positive, ``unmatched`` above ``matched``, or no headings.
     """
 
     name: str
@@ -48,6 +51,13 @@ class Anchor(Configurable):
     matched: float
     unmatched: float
     headings: Sequence[float] = field(default=(0.0, 1.57))
+
+    def __post_init__(self) -> None:
+        if min(self.size) <= 0 or not 0 <= self.unmatched <= self.matched or not self.headings:
+            raise InputError(
+                f"head.anchors: '{self.name}' needs a positive size (is {tuple(self.size)}), unmatched "
+                f"{self.unmatched} up to matched {self.matched}, and headings"
+            )
 
 
 KITTI_ANCHORS = (
@@ -104,6 +114,7 @@ class AnchorHead(DetectionHead[AnchorOutput]):
         max_boxes: int = 500,
     ) -> None:
         super().__init__()
+        check_counts(nms_candidates=nms_candidates, max_boxes=max_boxes)
         self.settings = list(KITTI_ANCHORS) if anchors is None else list(anchors)
         self.weights = {"class": class_weight, "box": box_weight, "direction": direction_weight}
         self.score_threshold = score_threshold
@@ -113,6 +124,8 @@ class AnchorHead(DetectionHead[AnchorOutput]):
 
     def build(self, in_channels: int, class_names: list[str], grid: BevGrid, stride: int) -> None:
         known = {setting.name: setting for setting in self.settings}
+        if len(known) < len(self.settings):
+            raise InputError(f"head.anchors: a class has two: {', '.join(setting.name for setting in self.settings)}")
         missing = [name for name in class_names if name not in known]
         if missing:
             raise InputError(f"head.anchors: none for {', '.join(missing)} (there are some for {', '.join(known)})")
@@ -131,7 +144,7 @@ class AnchorHead(DetectionHead[AnchorOutput]):
 
     def forward(self, features: Tensor) -> AnchorOutput:
         def each_anchor(layer: nn.Module, width: int) -> Tensor:
-            return layer(features).permute(0, 2, 3, 1).reshape(len(features), -1, width).float()
+            return layer(features).permute(0, 2, 3, 1).reshape(len(features), len(self.anchors), width).float()
 
         return AnchorOutput(
             each_anchor(self.conv_cls, len(self.classes)),

@@ -17,7 +17,7 @@ from pc3d.errors import InputError
 from pc3d.losses.detection import center_focal, upright_diou
 from pc3d.nn.bev import BevGrid
 from pc3d.ops.boxes import box_iou, rotated_nms
-from pc3d.tasks.heads import DetectionHead
+from pc3d.tasks.heads import DetectionHead, check_counts
 
 _HEAT_BIAS = -2.19  # about a probability of 0.1
 _ROUNDING = torch.finfo(torch.float64).eps
@@ -126,6 +126,12 @@ class CenterHead(DetectionHead[list[Maps]]):
         max_boxes: int = 500,
     ) -> None:
         super().__init__()
+        counts = {"num_conv": num_conv, "shared_channels": shared_channels, "max_objects": max_objects}
+        check_counts(**counts, max_peaks=max_peaks, nms_candidates=nms_candidates, max_boxes=max_boxes)
+        if not 0 < overlap < 1 or min_radius < 0:
+            raise InputError(
+                f"head.overlap {overlap} must lie between 0 and 1, head.min_radius {min_radius} must not be negative"
+            )
         width = 10 if velocity else 8
         if code_weights is not None and len(code_weights) != width:
             raise InputError(f"head.code_weights has {len(code_weights)} values, a box {width}")
@@ -150,7 +156,7 @@ class CenterHead(DetectionHead[list[Maps]]):
 
     def build(self, in_channels: int, class_names: list[str], grid: BevGrid, stride: int) -> None:
         groups = self.groups or [class_names]
-        if sorted(name for group in groups for name in group) != sorted(class_names):
+        if sorted(name for group in groups for name in group) != sorted(class_names) or [] in groups:
             raise InputError(f"head.groups {groups} must name every class once: {', '.join(class_names)}")
         for option, given in (("iou_powers", self.iou_powers), ("nms_threshold", self.nms_threshold)):
             if isinstance(given, list) and len(given) != len(class_names):

@@ -104,7 +104,13 @@ class BevGrid(Configurable):
         Returns:
             The points kept, voxel after voxel, and M voxels sorted by (batch, x, y, z) whose ``spatial_shape`` and
             (rising) ``point_to_voxel`` are set; a cloud without points inside has none.
+
+        Raises:
+            InputError: for a limit below 1.
         """
+        for name, limit in (("max_points", max_points), ("max_voxels", max_voxels)):
+            if limit is not None and limit < 1:
+                raise InputError(f"{name} is {limit}: voxels need at least 1 (null sets no limit)")
         cells = self.cells(points.coord)
         inside = ((cells >= 0) & (cells < cells.new_tensor(self.shape))).all(1)
         points = points.replace(source=None).select(inside)

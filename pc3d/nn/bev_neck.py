@@ -44,6 +44,10 @@ class MultiScaleNeck(nn.Module):
         for name, values in settings.items():
             if len(values) != len(layers):
                 raise InputError(f"neck.{name} has {len(values)} values for {len(layers)} levels")
+            if min(values, default=1) < 1:
+                raise InputError(f"neck.{name} {list(values)} must be at least 1")
+        if min(layers, default=0) < 0:
+            raise InputError(f"neck.layers {list(layers)} must not be negative")
         below = list(itertools.accumulate(strides, lambda a, b: a * b))
         reached = {total / up for total, up in zip(below, up_strides, strict=True)}
         if len(reached) != 1 or reached != {float(round(next(iter(reached))))}:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pc3d.config import Configurable
 from pc3d.data.boxes import Boxes
+from pc3d.errors import InputError
 from pc3d.metrics import Instances
 from pc3d.nn.bev import BevGrid
 from pc3d.nn.point_grid import GridPyramid
@@ -122,6 +123,13 @@ class DetectionHead(nn.Module, Configurable, ABC, Generic[Predicted]):
     @abstractmethod
     def detections(self, output: Predicted) -> list[Boxes]:
         """Boxes of every cloud with scores, overlapping ones removed, best first; float32."""
+
+
+def check_counts(**counts: int) -> None:
+    """Raises InputError for an option of a head, by name, that is below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise InputError(f"head.{name} is {count}: it must be at least 1")
 
 
 def instance_targets(points: Points, things: Tensor) -> tuple[Tensor, Tensor]:

@@ -56,7 +56,7 @@ class Reconstruction(PointTask):
         optimizer, schedule, ema_decay, freeze, peft: see :class:`~pc3d.tasks.SemanticSegmentation`.
 
     Raises:
-        InputError: if the decoder does not fit the backbone, or the threshold is no probability.
+        InputError: if the decoder does not fit the backbone, the threshold is no probability, or no points are sampled.
     """
 
     monitor = ("val/iou", "max")
@@ -88,6 +88,8 @@ class Reconstruction(PointTask):
                 f"model.decoder takes grids of {decoder.in_channels} channels, the backbone gives "
                 f"{backbone.grid_channels}"
             )
+        if mesh_points < 1:
+            raise InputError(f"model.mesh_points is {mesh_points}: it must be at least 1")
         self.frame = backbone.frame
         self.decoder = decoder
         self.criterion = criterion or MarginOccupancy()

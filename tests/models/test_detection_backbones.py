@@ -86,6 +86,13 @@ def test_wrong_grids_are_refused():
         PointPillars(4, BevGrid([0, 0, 0, 16, 16, 4], [0.1, 0.1, 0.1]))
     with pytest.raises(InputError, match="do not bring"):
         MultiScaleNeck(4, (1, 1), (1, 2), (8, 8), (1, 1), (8, 8))
+    for name, place in (("strides", 2), ("channels", 3), ("up_strides", 4), ("up_channels", 5)):
+        settings = [4, (1, 1), (1, 2), (8, 8), (1, 2), (8, 8)]
+        settings[place] = (0, 2)
+        with pytest.raises(InputError, match=rf"neck\.{name} \[0, 2\] must be at least 1"):
+            MultiScaleNeck(*settings)
+    with pytest.raises(InputError, match=r"neck\.layers \[-1\] must not be negative"):
+        MultiScaleNeck(4, (-1,), (1,), (8,), (1,), (8,))
     with pytest.raises(InputError, match=r"neck\.strides has 1"):
         MultiScaleNeck(4, (1, 1), (1,), (8, 8), (1, 2), (8, 8))
 

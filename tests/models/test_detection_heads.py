@@ -229,8 +229,23 @@ def test_options_are_checked() -> None:
         AnchorHead([Anchor("Car", (4, 2, 1), -1, 0.6, 0.4, (0,)), Anchor("Van", (4, 2, 1), -1, 0.6, 0.4)]).build(
             4, ["Car", "Van"], GRID, 2
         )
-    with pytest.raises(InputError, match="name every class once"):
-        CenterHead(groups=[["Car"]]).build(4, CLASSES, GRID, 2)
+    for wrong in ({"size": (4, 0, 1)}, {"matched": 0.3}, {"unmatched": -0.1}, {"headings": ()}):
+        with pytest.raises(InputError, match="'Car' needs"):
+            Anchor(**{"name": "Car", "size": (4, 2, 1), "bottom": -1, "matched": 0.6, "unmatched": 0.4, **wrong})
+    with pytest.raises(InputError, match="a class has two: Car, Car"):
+        AnchorHead([Anchor("Car", (4, 2, 1), -1, 0.6, 0.4)] * 2).build(4, ["Car"], GRID, 2)
+    shared = ["max_boxes", "nms_candidates"]
+    counts = {AnchorHead: shared, CenterHead: [*shared, "num_conv", "shared_channels", "max_objects", "max_peaks"]}
+    for make, names in counts.items():
+        for name in names:
+            with pytest.raises(InputError, match=f"head.{name} is 0: it must be at least 1"):
+                make(**{name: 0})
+    for wrong in ({"overlap": 1.0}, {"overlap": 0.0}, {"min_radius": -1}):
+        with pytest.raises(InputError, match="must lie between"):
+            CenterHead(**wrong)
+    for groups in ([["Car"]], [CLASSES, []]):
+        with pytest.raises(InputError, match="name every class once"):
+            CenterHead(groups=groups).build(4, CLASSES, GRID, 2)
     with pytest.raises(InputError, match=r"nms_threshold has 2"):
         CenterHead(nms_threshold=[0.1, 0.2]).build(4, CLASSES, GRID, 2)
     with pytest.raises(InputError, match=r"code_weights has 8 values, a box 10"):

@@ -184,6 +184,9 @@ def test_config_and_settings() -> None:
         ({"layers": (1,)}, "two numbers"),
         ({"window": 0}, "window 0"),
         ({"encoder_channels": (7, 8)}, "all but the last even"),
+        ({"encoder_channels": (0, 8)}, "all but the last even"),
+        ({"num_heads": 0}, "num_heads 0"),
+        ({"layers": (-1, 1)}, "two numbers"),
     ):
         with pytest.raises(InputError, match=message):
             network(**changes)

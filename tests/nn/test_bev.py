@@ -75,3 +75,6 @@ def test_limits_keep_the_first_points_and_voxels():
     assert voxels.coord[:, :2].tolist() == [[0, 0], [0, 1], [0, 3], [1, 0], [1, 1], [1, 3]]
     assert voxels.feat[:3, 0].tolist() == [4, 1.5, 1.5]
     assert grid().voxelize(both, max_voxels=9)[0].num_points == 16
+    for limit in ("max_points", "max_voxels"):
+        with pytest.raises(InputError, match=f"{limit} is 0"):
+            grid().voxelize(both, **{limit: 0})

@@ -106,6 +106,8 @@ def test_wrong_settings_are_named() -> None:
         task(threshold=1.0)
     with pytest.raises(InputError, match="cells per axis"):
         task(steps=8)
+    with pytest.raises(InputError, match="mesh_points is 0"):
+        task(mesh_points=0)
     with pytest.raises(InputError, match="channels"):
         Reconstruction(GridFormer(3, 8, 8), ["a"], GridFormerDecoder(16))
     with pytest.raises(InputError, match="on the surface"):
