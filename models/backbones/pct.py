@@ -34,7 +34,7 @@ class SharedMLP(nn.Sequential):
         super().__init__(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.flatten(0, -2)).view(*x.shape[:-1], -1)
+        return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
 
 class SetAbstraction(nn.Module):

@@ -187,7 +187,7 @@ class CellAttention(nn.Module):
         place = self.position(cells.local)
         query = segment_expand(self.query(cells.read(grid)), cells.offsets, len(key))
         share = segment_softmax(self.weight(key.index_select(0, cells.order) - query + place), cells.offsets)
-        value = (value.index_select(0, cells.order) + place).view(len(key), self.groups, -1) * share[:, None]
+        value = (value.index_select(0, cells.order) + place).unflatten(1, (self.groups, -1)) * share[:, None]
         return cells.dense(segment_sum(value.flatten(1), cells.offsets))
 
 

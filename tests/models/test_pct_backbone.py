@@ -169,7 +169,8 @@ def test_clouds_do_not_see_each_other_and_may_be_small() -> None:
     stages = network.forward_features(points)
     widths = {name: stage.get("feat").shape[1] for name, stage in stages.items() if isinstance(stage, Points)}
     assert widths == {info.name: info.channels for info in network.feature_info}
-    assert network(clouds(40, 0, 9, extra=2))[1].tolist() == [0.0] * 20
+    assert network(clouds(40, 0, 9, extra=2))[1].tolist() == network(clouds(0, extra=2))[0].tolist() == [0.0] * 20
+    assert network(clouds(extra=2)).shape == (0, 20)
 
 
 def test_protocol_of_pointsp() -> None:

@@ -116,6 +116,10 @@ def test_clouds_of_a_batch_do_not_see_each_other(kind: GridKind) -> None:
         alone = [decoder(network.encode(cloud), query, torch.tensor([0, 30])) for cloud in batch]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-4)
     assert network(batch).shape == (141, network.out_channels)
+    with torch.no_grad():
+        beside, nothing = (decoder(network.encode(shapes(counts)), query, torch.tensor([0, 30, 30][: len(counts) + 1]))
+                           for counts in ([0, 5], [0]))  # fmt: skip
+    torch.testing.assert_close(beside, nothing)
 
 
 @pytest.mark.parametrize("kind", KINDS)
