@@ -68,7 +68,7 @@ def read_objects(path: str | Path) -> KittiObjects:
     """A label file (15 columns) or a result file (16, with scores).
 
     Raises:
-        InputError: if it cannot be read, or a line has another number of columns.
+        InputError: if it cannot be read, or a line has another number of columns or one that is no finite number.
     """
     path = Path(path)
     rows = [line.split() for line in _text(path).splitlines() if line.strip()]
@@ -81,6 +81,10 @@ def read_objects(path: str | Path) -> KittiObjects:
     except ValueError as error:
         raise InputError(f"{path}: not numbers behind the type ({error})") from error
     values = values if len(rows) else np.empty((0, 14))
+    if not np.isfinite(values).all():
+        raise InputError(
+            f"{path}: object {int(np.isfinite(values).all(1).argmin()) + 1} has a value that is not finite"
+        )
     return KittiObjects(
         [row[0] for row in rows],
         truncated=values[:, 0],

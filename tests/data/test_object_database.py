@@ -115,6 +115,8 @@ def test_what_cannot_be_pasted(prepared: Path, tmp_path: Path) -> None:
         paste(cloud.with_attrs(ring=torch.zeros(cloud.num_points)), torch.Generator().manual_seed(0))
     with pytest.raises(InputError, match="must not be negative"):
         PasteObjects(str(tmp_path), {"Car": -1})
+    with pytest.warns(UserWarning, match=r"has no Cra to paste \(it has Car,"):
+        PasteObjects(str(prepared / "out" / "objects"), {"Cra": 3, "Tram": 0})(cloud)
     broken = tmp_path / "objects"
     broken.mkdir()
     for path in (prepared / "out" / "objects").iterdir():

@@ -119,6 +119,11 @@ def test_planes_point_up(tmp_path: Path) -> None:
         ("label_2/000000.txt", None, "cannot be read"),
         ("label_2/000000.txt", "Car 0 0 1 2 3\n", "line 1 has 6 columns"),
         ("label_2/000000.txt", "Car" + " x" * 14 + "\n", "not numbers"),
+        (
+            "label_2/000000.txt",
+            ("Car" + " 1" * 14 + "\n") * 2 + "Car" + " nan" * 14,
+            "object 3 has a value that is not",
+        ),
     ],
 )
 def test_broken_files_are_named(tmp_path: Path, file: str, content: str | None, message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from functools import cached_property
 
@@ -46,8 +47,14 @@ class PasteObjects(CloudTransform):
 
     @cached_property
     def candidates(self) -> dict[str, Tensor]:
-        """Objects of every class."""
-        return {name: self.database.of_class(name, self.min_points) for name in self.counts}
+        """Objects of every class; a warning names those that there are none of."""
+        found = {name: self.database.of_class(name, self.min_points) for name in self.counts}
+        if none := [name for name, own in found.items() if not len(own) and self.counts[name]]:
+            kinds = ", ".join(sorted(set(self.database.names))) or "nothing"
+            warnings.warn(
+                f"PasteObjects: {self.folder} has no {' or '.join(none)} to paste (it has {kinds})", stacklevel=2
+            )
+        return found
 
     def apply(self, cloud: Points, generator: torch.Generator | None) -> Points:
         meta = cloud.meta[0]
