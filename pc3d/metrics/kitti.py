@@ -271,7 +271,7 @@ class KittiMetrics(torchmetrics.Metric):
         self.add_state("found", [], dist_reduce_fx="cat")
 
     def update(self, truth: KittiObjects, found: KittiObjects) -> None:
-        """Add a frame."""
+        """Add a frame. Of several processes each must add one, if need be one without objects."""
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
         frame = len(self.truth) * world + rank

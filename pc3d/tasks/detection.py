@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.markup import escape
 from rich.table import Table
@@ -27,6 +28,7 @@ from pc3d.tasks.optim import OptimizerConfig, ScheduleConfig
 
 _MODERATE = DIFFICULTIES.index("moderate")
 _POSITIONS = ("r40", "r11")
+_NONE = np.zeros(0, np.int64)
 
 
 class Detection(PointTask):
@@ -97,8 +99,11 @@ class Detection(PointTask):
     def _score(self, clouds: Points, found: list[Boxes], metrics: KittiMetrics) -> dict[str, Any]:
         for meta, boxes in zip(clouds.meta, found, strict=True):
             frame = KittiFrame.of(meta)
-            if frame.labels is not None and not meta.get("padding"):
-                metrics.update(frame.labels, kitti_results(boxes, frame, self.class_names))
+            if frame.labels is not None:
+                both = frame.labels, kitti_results(boxes, frame, self.class_names)
+                if meta.get("padding"):  # it counts for nothing, but every process must have a frame to gather
+                    both = both[0].take(_NONE), both[1].take(_NONE)
+                metrics.update(*both)
         return {"points": clouds.replace(source=None), "prediction": found}
 
     def on_validation_epoch_end(self) -> None:
