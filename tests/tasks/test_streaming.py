@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,45 @@ def test_dense_tiles_are_halved_and_empty_ones_left_out(tmp_path: Path) -> None:
     for side, halo in [(0, 1), (np.nan, 1), (10, -1), (10, np.inf)]:
         with pytest.raises(InputError, match=f"tiles of {side} m"):
             TilePlan(LasIndex.open(tmp_path), side, halo, 100)
+
+
+def test_a_few_points_of_a_chunk_tell_its_place(scan: Path) -> None:
+    index = LasIndex.open(scan)
+    one, other = (TilePlan(index, 7, 4, 10**6) for _ in range(2))
+    for number in range(len(index.file)):
+        xy = coordinates(index.files[index.file[number]].header, index.records(number))[:, :2]
+        few = one.outline(xy)
+        assert len(few) <= 4 + len(np.unique(np.floor(one.place(xy)), axis=0)) < len(xy)
+        assert one.learn(number, few) == other.learn(number, xy)
+    assert one.leaves == other.leaves
+    assert np.array_equal(one.bounds, other.bounds)
+
+
+@pytest.mark.parametrize("wrong", ["box", "points"])
+def test_no_tiles_in_between(tmp_path: Path, wrong: str) -> None:
+    """Neither a header that promises points where none are, nor a stray point far away, makes tiles without end."""
+    path = write_aerial(tmp_path / "a.las", (60_000, 70_000), 50, 1, 6)
+    file = LasIndex.open(path).files[0]
+    data = bytearray(path.read_bytes())
+    if wrong == "box":
+        struct.pack_into("<d", data, 187, 0.0)  # lowest x
+    else:
+        struct.pack_into("<2i", data, file.header.points_start + 30 * 7, 800_000, 900_000)  # 8 and 9 km away
+    path.write_bytes(data)
+    index = LasIndex.open(path)
+    run, kept = predictor(index, tmp_path / "work", side=20, halo=2)
+    progress = run.run()
+    assert progress.tiles == len(run.plan.leaves) < 20
+    assert len(kept.column("label")) == index.num_points == 2500
+
+
+def test_a_box_beyond_all_numbers(tmp_path: Path) -> None:
+    path = write_aerial(tmp_path / "a.las", (0, 0), 50, 1, 6)
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<d", data, 187, -1e300)
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"more than 2\^40 tiles away"):
+        TilePlan(LasIndex.open(path), 20, 2, 10**6)
 
 
 def test_cache_keeps_to_its_budget(scan: Path) -> None:
