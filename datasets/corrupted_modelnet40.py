@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pc3d.data.dataset import Split
-from pc3d.data.transforms.corruptions import KINDS, MODELNET_C, severities
+from pc3d.data.transforms.corruptions import CLEAN, MODELNET_C, check_corruption
 from pc3d.datasets.meta import facts
 from pc3d.datasets.objects import Array, ObjectDataset, h5_arrays, h5_label, h5_scenes, whole_cloud
 from pc3d.datasets.scenes import Scene
@@ -14,7 +14,6 @@ from pc3d.errors import InputError
 from pc3d.io.numpy_arrays import load_npy
 from pc3d.points import Points
 
-CLEAN = "clean"
 _FOLDERS = ("", "modelnet40_c", "modelnet_c", "pointcloud_c")
 
 
@@ -39,12 +38,7 @@ class CorruptedModelNet40(ObjectDataset):
 
     def __init__(self, root: str | None = None, corruption: str = CLEAN, severity: int = 1) -> None:
         super().__init__(root)
-        if corruption not in (CLEAN, *KINDS):
-            raise InputError(f"CorruptedModelNet40.corruption: '{corruption}' is none of {CLEAN}, {', '.join(KINDS)}")
-        if corruption != CLEAN and severity not in (allowed := severities(corruption)):
-            raise InputError(
-                f"CorruptedModelNet40.severity: {severity} of {corruption} is not {allowed[0]} to {allowed[-1]}"
-            )
+        check_corruption("CorruptedModelNet40", corruption, severity)
         self.class_names = list(facts("objects")["modelnet40"])
         self.corruption, self.severity = corruption, severity
 

@@ -18,6 +18,7 @@ COMMANDS: dict[str, str] = {
     "test": "score a checkpoint on the test clouds",
     "fewshot": "train and test the folds of a few-shot protocol",
     "probe": "a linear classifier on the features of a pre-training",
+    "robustness": "score a classifier on corrupted clouds",
     "evaluate": "score saved predictions, of one run or several together",
     "predict": "label your own clouds with a checkpoint",
     "reconstruct": "make surfaces of your own clouds with a checkpoint",

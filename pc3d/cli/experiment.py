@@ -23,12 +23,14 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from pc3d.cli.config_errors import readable_config_errors
-from pc3d.cli.runs import CHECKPOINTS, Run, free_folder
+from pc3d.cli.runs import CHECKPOINTS, Run, free_folder, run_of
 from pc3d.data.module import PointDataModule
 from pc3d.errors import InputError
 from pc3d.io.atomic import atomic_write
+from pc3d.tasks import check_card, init_weights, read_checkpoint
 from pc3d.tasks.base import PointTask
 from pc3d.tasks.callbacks import RunRecord, SavePictures, ScoreProgressBar, ScoreTable
+from pc3d.tasks.checkpoint import CARD, data_entries
 from pc3d.tasks.segmentation import SemanticSegmentation
 
 # Options of one call, not of the experiment: a saved config does not hold them, so nothing is resumed by accident.
@@ -156,6 +158,41 @@ class Experiment(LightningCLI):
         """Write ``config.yaml`` to the run folder: ``pc3d train --config`` with it repeats the run."""
         with atomic_write(self.run.folder / "config.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(self.saved_config(), sort_keys=False))
+
+
+def trained_experiment(
+    checkpoint: Path, config: str | None, overrides: Sequence[str], plan: Callable[[Any], Run], program: str
+) -> Experiment:
+    """The experiment of a checkpoint, with its weights.
+
+    Args:
+        config: experiment file, default the ``config.yaml`` of the checkpoint's run.
+        overrides: of the config, as on the command line.
+        plan, program: see :class:`Experiment`.
+
+    Raises:
+        InputError: if checkpoint or config is missing, or they do not fit each other.
+    """
+    content = read_checkpoint(checkpoint)
+    words = ["--config", str(config or _config_beside(checkpoint)), *overrides]
+    experiment = Experiment(words, plan, program)
+    model = experiment.model
+    if CARD in content:
+        card = content[CARD]
+        entries = data_entries(experiment.datamodule.pipeline)
+        check_card(card, str(checkpoint), class_names=model.class_names, **entries)
+        model.seed = card["seed"]
+    init_weights(model, checkpoint, strict=True)
+    return experiment
+
+
+def _config_beside(checkpoint: Path) -> Path:
+    if not checkpoint.is_file():
+        raise InputError(f"{checkpoint}: no such checkpoint file")
+    config = (run_of(checkpoint) or checkpoint.parent) / "config.yaml"
+    if not config.is_file():
+        raise InputError(f"{checkpoint}: no config.yaml in its run folder: add --config FILE.yaml")
+    return config
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -7,7 +7,6 @@ from typing import Any
 
 from pc3d.cli.parser import PRESETS, Parser
 from pc3d.cli.runs import Run, free_folder, run_of
-from pc3d.errors import InputError
 
 EXAMPLES = """\
   pc3d test --ckpt runs/demo/checkpoints/best.ckpt
@@ -30,27 +29,18 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--run_dir", metavar="DIR", help="where results go; default: test/ in the checkpoint's run")
     options, overrides = parser.parse_known_args(arguments)
 
-    from pc3d.cli.experiment import Experiment
-    from pc3d.tasks import check_card, init_weights, read_checkpoint
+    from pc3d.cli.experiment import trained_experiment
     from pc3d.tasks.callbacks import SavePredictions
-    from pc3d.tasks.checkpoint import CARD, data_entries
 
     path = Path(options.ckpt)
-    checkpoint = read_checkpoint(path)
-    words = ["--config", str(options.config or _config_beside(path)), *overrides]
     if options.tta is not None:
-        words += ["--model.test_augmentations", "null" if options.tta == "none" else options.tta]
+        overrides += ["--model.test_augmentations", "null" if options.tta == "none" else options.tta]
 
     def plan(config: Any) -> Run:
         return Run(free_folder(Path(options.run_dir) if options.run_dir else (run_of(path) or path.parent) / "test"))
 
-    experiment = Experiment(words, plan, program="pc3d test")
+    experiment = trained_experiment(path, options.config, overrides, plan, "pc3d test")
     model, data = experiment.model, experiment.datamodule
-    if CARD in checkpoint:
-        card = checkpoint[CARD]
-        check_card(card, str(path), class_names=model.class_names, **data_entries(data.pipeline))
-        model.seed = card["seed"]
-    init_weights(model, path, strict=True)
     if options.save is not None:
         experiment.trainer.callbacks.append(SavePredictions(options.save))  # type: ignore[attr-defined]
     experiment.trainer.test(model, datamodule=data, verbose=False)
@@ -63,12 +53,3 @@ def main(arguments: list[str]) -> int:
     if options.save is not None:
         print(f"predictions: {options.save}")
     return 0
-
-
-def _config_beside(checkpoint: Path) -> Path:
-    if not checkpoint.is_file():
-        raise InputError(f"{checkpoint}: no such checkpoint file")
-    config = (run_of(checkpoint) or checkpoint.parent) / "config.yaml"
-    if not config.is_file():
-        raise InputError(f"{checkpoint}: no config.yaml in its run folder: add --config FILE.yaml")
-    return config

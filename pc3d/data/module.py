@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any, get_args
 
 import pytorch_lightning as pl
@@ -20,6 +20,7 @@ from pc3d.data.collate import Collate
 from pc3d.data.dataset import IGNORE, SPLITS, PointDataset, Split
 from pc3d.data.pipeline import Pipeline
 from pc3d.data.sampler import Balance, CloudSampler, Draw, class_balance, generator_of, scene_balance
+from pc3d.data.transforms import Transform
 from pc3d.errors import InputError
 from pc3d.losses.weighting import Unit
 from pc3d.points import Points
@@ -180,9 +181,16 @@ class PointDataModule(pl.LightningDataModule):
             raise InputError(f"{kind}: the {samples.stored} split has no clouds (root: {self.dataset.root})")
         return samples
 
-    def evaluated(self, stored: Split, clouds: Iterable[int]) -> Iterator[Points]:
-        """Clouds of a stored split by their numbers, as validation would see them, ``val_batch_size`` at a time."""
+    def evaluated(
+        self, stored: Split, clouds: Iterable[int], augmentation: Sequence[Transform] = ()
+    ) -> Iterator[Points]:
+        """Clouds of a stored split by their numbers, as validation would see them, ``val_batch_size`` at a time.
+
+        Args:
+            augmentation: steps after the pipeline's ``prepare``; what they draw belongs to the cloud.
+        """
         samples = CloudSamples(self.dataset, self.pipeline, "val", self.seed, self.cache, stored)
+        samples.augmentation = augmentation
         numbers = list(clouds)
         workers = min(self.num_workers, len(numbers))
         loader = CloudLoader(
@@ -285,6 +293,7 @@ class CloudSamples(Dataset[Sample]):
         self.stored = split if stored is None else stored
         self.seed = seed
         self.cache = cache
+        self.augmentation: Sequence[Transform] = ()  # of validation samples
         # What is deterministic is done once and kept; test clouds stay raw.
         self.prepare = [] if split == "test" else list(pipeline.prepare)
         self.pipeline = dataclasses.replace(pipeline, prepare=[])
@@ -302,7 +311,8 @@ class CloudSamples(Dataset[Sample]):
         if self.split == "test":
             return cloud
         if self.split == "val":
-            return _checked(self.pipeline.evaluate(cloud, generator=generator_of(self.seed, "select", draw.cloud)))
+            generator = generator_of(self.seed, "select", draw.cloud)
+            return _checked(self.pipeline.evaluate(cloud, self.augmentation, generator))
         generator = generator_of(self.seed, "augment", draw.epoch, draw.position)
         sample = self.pipeline.train(cloud, generator)
         for _ in range(_MOST_REDRAWS if self.redraw_empty else 0):

@@ -7,6 +7,7 @@ from pc3d.metrics.instances import Instances
 from pc3d.metrics.panoptic import PanopticQuality, PanopticScores
 from pc3d.metrics.part_errors import PartErrors, PartMisclassification
 from pc3d.metrics.reconstruction import ReconstructionMetrics, SurfaceScores, mesh_scores, occupancy_iou, point_scores
+from pc3d.metrics.robustness import RobustnessScores
 from pc3d.metrics.s3dis_instances import CoverageScores, InstanceCoverage
 from pc3d.metrics.scannet_instances import InstanceAveragePrecision, InstanceScores
 from pc3d.metrics.segmentation import SegmentationMetrics, SegmentationScores, scores_from_confusion
@@ -28,6 +29,7 @@ __all__ = [
     "PartErrors",
     "PartMisclassification",
     "ReconstructionMetrics",
+    "RobustnessScores",
     "SegmentationMetrics",
     "SegmentationScores",
     "ShapePartIoU",

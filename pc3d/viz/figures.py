@@ -78,6 +78,36 @@ def save_confusion_matrix(path: str | Path, confusion: Tensor | NDArray, class_n
     return _save(figure, path)
 
 
+def save_heat_map(
+    path: str | Path, rows: Mapping[str, Sequence[float]], columns: Sequence[str], title: str, label: str
+) -> Path:
+    """Write shares as a table of colours, with the percentages in it.
+
+    Args:
+        rows: name -> a share for each of the ``columns``.
+        label: what the shares are.
+
+    Raises:
+        InputError: if matplotlib is missing or the file cannot be written.
+    """
+    shares = np.array(list(rows.values()), np.float64).reshape(len(rows), len(columns))
+    figure = _figure(3.2 + 0.85 * len(columns), 1.6 + 0.34 * len(rows), path)
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    for (row, column), share in np.ndenumerate(shares):
+        ink = "white" if share > 0.55 else "#20303c"
+        axes.text(column, row, f"{100 * share:.1f}", ha="center", va="center", fontsize=8, color=ink)
+    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
+    bar.set_label(label)
+    bar.outline.set_visible(False)
+    axes.set_title(title, fontsize=11, loc="left")
+    return _save(figure, path)
+
+
 def save_class_histogram(path: str | Path, counts: Mapping[str, Sequence[int]], class_names: Sequence[str]) -> Path:
     """Write the share of every class as bars, one colour per split; a logarithmic axis, so that rare classes show.
 

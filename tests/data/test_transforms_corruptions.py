@@ -74,6 +74,13 @@ def test_size_and_place_of_a_cloud_do_not_matter(kind: str) -> None:
     assert "boxes" not in made.meta[0]
 
 
+def test_a_clean_cloud_is_only_reduced() -> None:
+    cloud = object_cloud()
+    made = Corrupt("clean", 0, points=100)(cloud, seeded())
+    assert len(made.get("id").unique()) == 100
+    torch.testing.assert_close(made.coord, cloud.coord[made.get("id")], rtol=0, atol=1e-7)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("points", [1, 2, 5, 40])
 def test_few_and_equal_points(kind: str, points: int) -> None:
@@ -266,7 +273,7 @@ def test_lidar_points_lie_on_rings() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"corruption": "fog", "severity": 1}, "'fog' is none of occlusion"),
+        ({"corruption": "fog", "severity": 1}, "'fog' is none of clean, occlusion"),
         ({"corruption": "impulse", "severity": 0}, "0 of impulse is not 1 to 5"),
         ({"corruption": "rotate", "severity": 5}, "5 of rotate is not 0 to 4"),
         ({"corruption": "rotate", "severity": 1, "points": 0}, "points 0"),

@@ -32,6 +32,7 @@ Corruption = Literal[
     "rotation", "shear", "distortion", "distortion_rbf", "distortion_rbf_inv",
     "scale", "jitter", "rotate", "dropout_global", "dropout_local", "add_global", "add_local",
 ]  # fmt: skip
+CLEAN = "clean"
 UpAxis = Literal["y", "z"]
 _Changed = tuple[Tensor, Tensor]
 """``(M, 3)`` coordinates and the ``(M,)`` row that each point was, or was made from."""
@@ -59,7 +60,7 @@ class Corrupt(CloudTransform):
     points that other points hide. Give them dense clouds: where fewer points are seen than wanted, some are repeated.
 
     Args:
-        corruption: name, of either benchmark.
+        corruption: name, of either benchmark; ``clean`` reduces the cloud only, at any severity.
         severity: 1 to 5 of ModelNet40-C, 0 to 4 of ModelNet-C. Of ``occlusion`` and ``lidar`` it is the side that the
             cloud is seen from, not a strength, as published.
         points: random points that the cloud is reduced to first; ``density_inc`` takes twice as many and gives half of
@@ -67,12 +68,10 @@ class Corrupt(CloudTransform):
         up: the vertical axis, around which ``occlusion`` and ``lidar`` look (ModelNet40: y).
     """
 
-    def __init__(self, corruption: Corruption, severity: int, points: int = _POINTS, up: UpAxis = "z") -> None:
-        if corruption not in KINDS:
-            raise InputError(f"Corrupt.corruption: '{corruption}' is none of {', '.join(KINDS)}")
-        allowed = severities(corruption)
-        if severity not in allowed:
-            raise InputError(f"Corrupt.severity: {severity} of {corruption} is not {allowed[0]} to {allowed[-1]}")
+    def __init__(
+        self, corruption: Corruption | Literal["clean"], severity: int, points: int = _POINTS, up: UpAxis = "z"
+    ) -> None:
+        check_corruption("Corrupt", corruption, severity)
         if points < 1 or up not in get_args(UpAxis):
             raise InputError(f"Corrupt: points {points} must be at least 1, and up '{up}' y or z")
         self.corruption, self.severity, self.points, self.up = corruption, severity, points, up
@@ -85,7 +84,7 @@ class Corrupt(CloudTransform):
         wanted = min(self.points, cloud.num_points)
         first = draw.order(cloud.num_points)[: kind.oversample * self.points]
         coord = (cloud.coord[first].double() - center) / size
-        strength = kind.strengths[severities(self.corruption).index(self.severity)]
+        strength: Any = dict(zip(severities(self.corruption), kind.strengths, strict=False)).get(self.severity)
         if isinstance(kind.change, _View):
             changed, rows = kind.change(coord, strength, draw, wanted, self.up)
         else:
@@ -93,6 +92,16 @@ class Corrupt(CloudTransform):
         order = draw.order(len(rows))
         made = cloud.select(first[rows[order]]).without_attrs("normal")
         return drop_boxes(made.with_attrs(coord=(changed[order] * size + center).to(cloud.coord)))
+
+
+def check_corruption(name: str, corruption: str, severity: int) -> None:
+    """Raises InputError, for a class of this name, unless either benchmark has the corruption and the severity."""
+    if corruption == CLEAN:
+        return
+    if corruption not in KINDS:
+        raise InputError(f"{name}.corruption: '{corruption}' is none of {CLEAN}, {', '.join(KINDS)}")
+    if severity not in (allowed := severities(corruption)):
+        raise InputError(f"{name}.severity: {severity} of {corruption} is not {allowed[0]} to {allowed[-1]}")
 
 
 def severities(corruption: str) -> range:
@@ -394,6 +403,7 @@ _RADIAL = (0.025, 0.05, 0.075, 0.1, 0.125)
 _SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 _COUNTS = (100, 200, 300, 400, 500)
 _KINDS: dict[str, _Kind] = {
+    CLEAN: _Kind(lambda coord, _strength, _draw: (coord, _rows(coord)), ()),
     "occlusion": _Kind(_View(3, (30, 60)), _SIDES, _ALL_POINTS),
     "lidar": _Kind(_View(5, (22.5, 22.5), rings=True), _SIDES, _ALL_POINTS),
     "density_inc": _Kind(_density_inc, (1, 2, 3, 4, 5), 2),

@@ -1,0 +1,12 @@
+"""``pc3d robustness`` from a source tree."""
+
+import sys
+from pathlib import Path
+
+sys.path.pop(0)  # tools/: its profile.py would hide the standard library's
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pc3d.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["robustness", *sys.argv[1:]]))
