@@ -206,10 +206,17 @@ def box_corners(boxes: Tensor) -> Tensor:
 
 def points_in_boxes(coord: Tensor, boxes: Tensor) -> Tensor:
     """``(N, M)`` bool: which of ``(N, 3)`` points lie in which of ``(M, 7)`` LiDAR boxes, faces included."""
-    inside = []
-    for box in boxes:  # one at a time: M is small, N is not
-        local = coord - box[:3].to(coord)
-        x, y = _turn(local[None, :, :2].double(), -box[6:7].double())[0].unbind(1)
-        half = box[3:6].double() / 2
-        inside.append((x.abs() <= half[0]) & (y.abs() <= half[1]) & (local[:, 2].double().abs() <= half[2]))
-    return torch.stack(inside, 1) if inside else torch.zeros(len(coord), 0, dtype=torch.bool, device=coord.device)
+    portion = max(_PAIRS_AT_ONCE // max(len(boxes), 1), 1)
+    return torch.cat([_points_inside(part, boxes) for part in coord.split(portion)])
+
+
+def _points_inside(coord: Tensor, boxes: Tensor) -> Tensor:
+    center, reach = boxes[:, :3].to(coord), boxes[:, 3:5].norm(dim=1).to(coord) * 0.501
+    x, y = ((coord[:, axis, None] - center[:, axis]).abs() <= reach for axis in (0, 1))
+    inside = x & y
+    point, box = inside.nonzero().unbind(1)  # few: these are looked at closely
+    local, chosen = (coord[point] - center[box]).double(), boxes[box].double()
+    flat = _turn(local[:, None, :2], -chosen[:, 6])[:, 0]
+    offset = torch.cat([flat, local[:, 2:]], 1)
+    inside[point, box] = (offset.abs() <= chosen[:, 3:6] / 2).all(1)
+    return inside
