@@ -15,10 +15,9 @@ from pc3d.datasets.kitti_object import image_size
 from pc3d.errors import InputError
 from pc3d.io import atomic_write, read, write
 from pc3d.io.kitti_object import Calibration, KittiFrame, write_objects
-from pc3d.ops.boxes import points_in_boxes
 from pc3d.points import Points
 from pc3d.tasks import Detection, detect
-from pc3d.tasks.detection import box_labels
+from pc3d.tasks.detection import label_points
 from pc3d.viz.colors import label_colors
 
 SUFFIXES = (".json", ".txt", ".png")
@@ -84,9 +83,7 @@ def write_boxes(path: Path, found: Boxes, class_names: list[str]) -> Path:
 
 def labelled_by_boxes(points: Points, found: Boxes, task: Detection, keep_colors: bool) -> Points:
     """The cloud with ``label`` (class of the box around a point, -1 outside), ``instance``, and colours by label."""
-    labels = box_labels(points, found)
-    inside = points_in_boxes(points.coord, found.boxes[:, :7])
-    instance = torch.where(labels >= 0, inside.int().argmax(1), -1) if len(found) else labels.clone()
+    labels, instance = label_points(points, found)
     attrs = {"label": labels, "instance": instance}
     if not keep_colors:
         attrs["color"] = torch.from_numpy(label_colors(labels, task.palette)).float()

@@ -11,6 +11,7 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
+from torch.nn import functional as F
 
 from pc3d.data.boxes import Boxes, box_tensor, kitti_results, labelled_boxes
 from pc3d.data.pipeline import Pipeline
@@ -134,7 +135,7 @@ class Detection(PointTask):
 
     def saved_prediction(self, outputs: dict[str, Any], cloud: Points) -> Prediction:
         boxes: Boxes = outputs["prediction"][0].cpu()
-        return Prediction(box_labels(cloud, boxes), boxes=boxes)
+        return Prediction(label_points(cloud, boxes)[0], boxes=boxes)
 
     def score_table(self, stage: str, title: str) -> Table:
         scores: KittiScores | None = self.scores[stage]
@@ -167,12 +168,11 @@ class Detection(PointTask):
         return save_bird_eye_view(path, cloud, prediction.boxes[:, :7].tolist(), captions, truth[rows].tolist())
 
 
-def box_labels(points: Points, boxes: Boxes) -> Tensor:
-    """``(N,)`` int64 class of the best box around each point of a cloud, -1 outside."""
-    if not len(boxes):
-        return torch.full((points.num_points,), -1)
-    inside = points_in_boxes(points.coord, boxes.boxes[:, :7])
-    return torch.where(inside.any(1), boxes.labels[inside.int().argmax(1)], -1)
+def label_points(points: Points, boxes: Boxes) -> tuple[Tensor, Tensor]:
+    """``(N,)`` int64 class, and ``(N,)`` row, of the best box around each point of a cloud; -1 outside."""
+    inside = F.pad(points_in_boxes(points.coord, boxes.boxes[:, :7]), (0, 1), value=True)
+    row = inside.int().argmax(1)  # of boxes, which come best first; behind them stands the outside
+    return F.pad(boxes.labels, (0, 1), value=-1)[row], torch.where(row < len(boxes), row, -1)
 
 
 @torch.no_grad()
