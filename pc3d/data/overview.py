@@ -123,13 +123,12 @@ class Overview:
 
 def _upper_nodes(file: LasFile) -> set[int]:
     """Chunks of the upper levels of an octree, whole levels as long as there are few points."""
-    if file.octree is None or not len(file) or not _has_lazrs():
+    if file.octree is None or file.node_chunks is None or not len(file.node_chunks) or not _has_lazrs():
         return set()
-    chunks = np.searchsorted(file.chunks.starts, file.octree.start)
     levels = file.octree.key[:, 0]
     totals = np.cumsum(np.bincount(levels, file.octree.count))
     deepest = int((totals <= _NODE_POINTS).sum()) - 1
-    return set(chunks[levels <= max(deepest, int(levels.min()))].tolist())
+    return set(file.node_chunks[levels <= max(deepest, int(levels.min()))].tolist())
 
 
 def _has_lazrs() -> bool:
@@ -143,7 +142,7 @@ def _has_lazrs() -> bool:
 def _sample(file: LasFile, decoded: list[int]) -> tuple[Floats, NDArray[np.uint8] | None, Floats]:
     """Coordinates, colours and weights of the samples of one file."""
     single = np.setdiff1d(np.arange(len(file)), decoded)
-    records, weights = [file.first_records()[single]], [file.chunks.counts[single].astype(np.float64)]
+    records, weights = [file.first_records[single]], [file.chunks.counts[single].astype(np.float64)]
     for chunk in decoded:
         whole = file.records(chunk)
         kept = whole[:: max(len(whole) // _SAMPLES, 1)]

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pc3d.errors import InputError
-from pc3d.io.copc import read_octree
+from pc3d.io.copc import Octree, read_octree
 from pc3d.io.las_header import ByteReader, coordinates, read_header
 from pc3d.io.laz_chunks import Chunks, decompress, find_chunks, laz_record
 
@@ -34,6 +34,7 @@ class LasFile:
         chunks: points and bytes of each chunk; those of an uncompressed file are runs of :data:`CHUNK_POINTS` points.
         first_rows: ``(C,)`` int64 row of the first point of each chunk.
         octree: of a COPC file.
+        node_chunks: ``(M,)`` int64 chunk of each node of the octree.
         bytes_read: bytes read so far, of headers, tables and points.
 
     Raises:
@@ -49,6 +50,7 @@ class LasFile:
             self.chunks = self._runs() if self.laz is None else find_chunks(reader, self.header, self.laz)
             self.bytes_read = reader.bytes_read
         self.first_rows = np.cumsum(self.chunks.counts) - self.chunks.counts
+        self.node_chunks = None if self.octree is None else self._chunks_of(self.octree)
 
     def __len__(self) -> int:
         """Number of chunks."""
@@ -81,6 +83,7 @@ class LasFile:
             return np.frombuffer(data, np.uint8).reshape(count, self.header.record_length)
         return decompress(self.header, self.laz, data, count, chunk)
 
+    @cached_property
     def first_records(self) -> NDArray[np.uint8]:
         """``(C, record_length)`` first point of each chunk, which is stored as it is even in LAZ files."""
         length = self.header.record_length
@@ -89,14 +92,25 @@ class LasFile:
         self.bytes_read += len(data)
         return np.frombuffer(data, np.uint8).reshape(-1, length)
 
+    def _chunks_of(self, octree: Octree) -> NDArray[np.int64]:
+        chunk = np.searchsorted(self.chunks.starts, octree.start)
+        found = np.flatnonzero(np.isin(octree.start, self.chunks.starts))
+        wrong = np.ones(len(chunk), bool)
+        wrong[found] = octree.count[found] != self.chunks.counts[chunk[found]]
+        if wrong.any():
+            node = int(wrong.argmax())
+            raise InputError(
+                f"{self.path}: damaged: COPC node {octree.key[node].tolist()} has {octree.count[node]} points at byte "
+                f"{octree.start[node]}, which is no chunk of the file"
+            )
+        return chunk
+
     @cached_property
     def chunk_bounds(self) -> NDArray[np.float64]:
         """``(C, 6)`` lowest and highest x, y, z of each chunk: octree cubes of a COPC file, NaN where not known."""
         bounds = np.full((len(self), 6), np.nan)
-        if self.octree is not None and len(self.octree.start):
-            node = np.searchsorted(self.octree.start, self.chunks.starts).clip(max=len(self.octree.start) - 1)
-            known = self.octree.start[node] == self.chunks.starts
-            bounds[known] = np.concatenate([self.octree.low, self.octree.high], 1)[node[known]]
+        if self.octree is not None:
+            bounds[self.node_chunks] = np.concatenate([self.octree.low, self.octree.high], 1)
         return bounds
 
 
@@ -161,7 +175,7 @@ class LasIndex:
 
     def first_points(self) -> NDArray[np.float64]:
         """``(C, 3)`` true coordinates of the first point of every chunk."""
-        parts = in_threads(lambda file: coordinates(file.header, file.first_records()), self.files)
+        parts = in_threads(lambda file: coordinates(file.header, file.first_records), self.files)
         return np.concatenate([np.zeros((0, 3)), *parts])
 
 

@@ -19,7 +19,7 @@ from pc3d.errors import InputError
 from pc3d.io.atomic import atomic_write
 from pc3d.io.chunk_cache import ChunkCache, Records
 from pc3d.io.las_header import colors, coordinates
-from pc3d.io.las_index import LasIndex
+from pc3d.io.las_index import LasFile, LasIndex, in_threads
 from pc3d.io.las_records import Field, record_fields
 from pc3d.io.table import Array, Table, axis_origin, to_points
 from pc3d.points import Points
@@ -70,7 +70,7 @@ class ScanPoints:
         self._fields = [record_fields(file.header) for file in index.files]
         used = [fields for fields, file in zip(self._fields, index.files, strict=True) if len(file)]
         self._names = [name for name in used[0] if all(_same(used[0][name], other.get(name)) for other in used)]
-        self._color_scale = [257.0 if _sixteen_bits(file) else 1.0 for file in index.files]
+        self._color_scale = [257.0 if wide else 1.0 for wide in in_threads(_sixteen_bits, index.files)]
         boxes = index.boxes
         self._low, high = boxes[:, :3].min(0), boxes[:, 3:].max(0)
         step = min(float(file.header.scale.min()) for file in index.files)
@@ -108,9 +108,15 @@ def _same(one: Field, other: Field | None) -> bool:
     return other is not None and (one.dtype, one.width) == (other.dtype, other.width)
 
 
-def _sixteen_bits(file: Any) -> bool:
-    stored = colors(file.header, file.first_records())
-    return stored is not None and int(stored.max(initial=0)) > 255
+def _sixteen_bits(file: LasFile) -> bool:
+    """Whether some colours are above 255. The first points of chunks may be black, so one chunk is asked as a whole."""
+    firsts = colors(file.header, file.first_records)
+    if firsts is None or len(firsts) == 0:
+        return False
+    if firsts.max() > 255:
+        return True
+    whole = colors(file.header, file.records(int(file.chunks.counts.argmax())))
+    return whole is not None and int(whole.max()) > 255
 
 
 @dataclass

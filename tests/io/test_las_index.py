@@ -32,7 +32,7 @@ def check_points(path: Path) -> LasFile:
     file, las = LasFile(path), laspy.read(path)
     records = np.concatenate([file.records(i) for i in range(len(file))])
     assert np.array_equal(coordinates(file.header, records), las.xyz)
-    firsts = coordinates(file.header, file.first_records())
+    firsts = coordinates(file.header, file.first_records)
     assert np.array_equal(firsts, las.xyz[file.first_rows])
     columns = columns_of(file.header, record_fields(file.header), records)
     names = [name for name in las.point_format.dimension_names if name not in "XYZ"]
@@ -90,7 +90,8 @@ def test_little_is_read(tmp_path: Path) -> None:
     file = LasFile(path)
     assert len(file) == 160
     assert file.bytes_read < 8192
-    file.first_records()
+    for _ in range(2):  # they are read once
+        assert file.first_records.shape == (160, 30)
     assert file.bytes_read < 8192 + 160 * 30
 
 
@@ -163,7 +164,7 @@ def test_no_points(tmp_path: Path, suffix: str) -> None:
     assert laspy.read(path).header.point_count == 0
     file = LasFile(path)
     assert len(file) == 0
-    assert file.first_records().shape == (0, 30)
+    assert file.first_records.shape == (0, 30)
     index = LasIndex.open(path)
     assert (index.num_points, len(index.boxes), index.first_points().shape) == (0, 0, (0, 3))
 
@@ -200,6 +201,17 @@ def test_octree(data_dir: Path) -> None:
     with laspy.CopcReader.open(file.path) as reader:
         root = reader.query(level=0)
     assert octree.count[octree.key[:, 0] == 0].sum() == len(root)
+
+
+def test_damaged_octree(data_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "simple.copc.laz"
+    good = (data_dir / "reader_zoo/simple.copc.laz").read_bytes()
+    at = LasFile(data_dir / "reader_zoo/simple.copc.laz").header.points_end + 60  # first entry of the hierarchy
+    start, _, count = struct.unpack_from("<Qii", good, at + 16)
+    for values in ((start + 1, 1, count), (10**12, 1, count), (start, 1, count + 1)):
+        path.write_bytes(good)
+        with pytest.raises(InputError, match=r"damaged: COPC node \[.*\] has \d+ points at byte"):
+            LasFile(patched(path, at + 16, "<Qii", *values))
 
 
 def test_folder(tmp_path: Path) -> None:
@@ -277,7 +289,7 @@ def test_any_damage_is_an_input_error(tmp_path: Path, point_format: int) -> None
         path.write_bytes(data)
         with contextlib.suppress(InputError):  # any other error fails the test
             file = LasFile(path)
-            file.first_records()
+            assert len(file.first_records) == len(file)
             assert file.chunks.counts.sum() == file.header.num_points
 
 
@@ -286,7 +298,7 @@ def test_without_lazrs(tmp_path: Path, laz: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(__import__("sys").modules, "lazrs", None)
     assert len(LasFile(las).records(0)) == 2500
     file = LasFile(laz)
-    assert len(file.first_records()) == 5
+    assert len(file.first_records) == 5
     with pytest.raises(InputError, match=r"scan.laz: LAZ needs lazrs: pip install pc3d\[las\]"):
         file.records(0)
 

@@ -24,7 +24,7 @@ from pc3d.models import SparseUNet
 from pc3d.points import Points
 from pc3d.tasks import SemanticSegmentation, predict_cloud
 from pc3d.tasks.stream_output import ArrayOutput, LasOutput
-from pc3d.tasks.streaming import ChunkResult, StreamingPredictor
+from pc3d.tasks.streaming import ChunkResult, ScanPoints, StreamingPredictor
 
 laspy = pytest.importorskip("laspy")
 pytest.importorskip("lazrs")
@@ -562,6 +562,21 @@ def test_points_are_those_of_the_reader(scan: Path, tmp_path: Path) -> None:
     assert list(cloud.attrs) == list(whole.attrs)
     for name, value in whole.attrs.items():
         assert torch.equal(cloud.attrs[name], value), name
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_depth_of_colors_is_not_told_by_a_black_point(tmp_path: Path, depth: int) -> None:
+    path = write_aerial(tmp_path / "a.las", (0, 0), 40, 1, 7)
+    header = LasIndex.open(path).files[0].header
+    rows = np.frombuffer(path.read_bytes(), np.uint8, offset=header.points_start).reshape(-1, 36).copy()
+    colors = rows[:, 30:].view("<u2")
+    colors[:] = colors // 257 if depth == 8 else colors
+    colors[0] = 0
+    path.write_bytes(path.read_bytes()[: header.points_start] + rows.tobytes())
+    index = LasIndex.open(path)
+    cloud = ScanPoints(index).cloud([(0, index.records(0))], "all", np.zeros(2))
+    assert cloud.get("color").max() == 150
+    assert torch.equal(cloud.get("color"), read(path).get("color"))
 
 
 def test_a_scan_too_wide_for_one_origin(tmp_path: Path) -> None:
