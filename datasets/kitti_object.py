@@ -46,16 +46,27 @@ class KITTIObject(SceneDataset, KittiFrames):
         in_view: keep only points that the camera sees, as the benchmark's detectors do.
         background: make points in no box a class of their own, to find the points of objects (those in boxes of other
             kinds, as vans, stay ignored).
+        classes: those of Car, Pedestrian and Cyclist to look for; None: all.
     """
 
     layouts = "training/{velodyne,calib,label_2}, and ImageSets/*.txt"
     writes = False
 
-    def __init__(self, root: str | None = None, in_view: bool = True, background: bool = False) -> None:
+    def __init__(
+        self,
+        root: str | None = None,
+        in_view: bool = True,
+        background: bool = False,
+        classes: list[str] | None = None,
+    ) -> None:
         super().__init__(root)
         self.in_view = in_view
         self.background = background
-        self.class_names = [*CLASSES, "background"] if background else list(CLASSES)
+        self.classes = list(CLASSES) if classes is None else classes
+        unknown = [name for name in self.classes if name not in CLASSES]
+        if unknown or not self.classes or len(set(self.classes)) < len(self.classes):
+            raise InputError(f"KITTIObject.classes: {self.classes} must be some of {', '.join(CLASSES)}, each once")
+        self.class_names = [*self.classes, "background"] if background else self.classes
 
     def list_raw(self, split: Split) -> list[Scene] | None:
         assert self.root is not None
@@ -81,7 +92,7 @@ class KITTIObject(SceneDataset, KittiFrames):
         return [scene.raw, *(folder / kind / f"{name}.{suffix}" for kind, suffix in places.items())]
 
     def fingerprint(self, split: Split, index: int) -> str:
-        return f"{super().fingerprint(split, index)} {_VERSION}"
+        return f"{super().fingerprint(split, index)} {_VERSION} {' '.join(self.classes)}"
 
     def finish(self, out: Path) -> None:
         """Write the objects of the training frames to ``out/objects``, if they are not there."""
@@ -122,7 +133,7 @@ class KITTIObject(SceneDataset, KittiFrames):
         meta = dict(points.meta[0])
         meta["kitti"] = frame.to_plain()
         labelled = self.background and objects is not None
-        segment = torch.full((points.num_points,), len(CLASSES) if labelled else IGNORE)
+        segment = torch.full((points.num_points,), len(self.classes) if labelled else IGNORE)
         instance = torch.full_like(segment, IGNORE)
         if objects is not None:
             objects = objects.take(np.array([name != "DontCare" for name in objects.names], dtype=bool))
@@ -131,7 +142,7 @@ class KITTIObject(SceneDataset, KittiFrames):
             inside = points_in_boxes(points.coord, torch.from_numpy(boxes))
             for number, name in enumerate(objects.names):
                 instance[inside[:, number]] = number
-                segment[inside[:, number]] = CLASSES.index(name) if name in CLASSES else IGNORE
+                segment[inside[:, number]] = self.classes.index(name) if name in self.classes else IGNORE
         if plane.is_file():
             meta["plane"] = read_plane(plane)
         return points.with_attrs(segment=segment, instance=instance).replace(meta=[meta])

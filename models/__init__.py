@@ -4,7 +4,7 @@ Importers of published weights are in ``convert/``.
 """
 
 from pc3d.models.backbones.condaformer import ConDaFormer
-from pc3d.models.backbones.e3dsnn import E3DSNN
+from pc3d.models.backbones.e3dsnn import E3DSNN, E3DSNNDetector
 from pc3d.models.backbones.gridformer import GridFormer, GridFormerDecoder
 from pc3d.models.backbones.litept import LitePT
 from pc3d.models.backbones.pcm import PointCloudMamba
@@ -27,6 +27,7 @@ __all__ = [
     "PCT",
     "SECOND",
     "ConDaFormer",
+    "E3DSNNDetector",
     "GridFormer",
     "GridFormerDecoder",
     "HeightMapNet",

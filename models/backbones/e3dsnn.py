@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from pc3d.errors import InputError
 from pc3d.nn import Backbone, FeatureInfo
+from pc3d.nn.bev import BevGrid, SparseEncoder, VoxelBevBackbone
+from pc3d.nn.bev_neck import MultiScaleNeck
 from pc3d.nn.spiking import SpikingNeuron, Surrogate
 from pc3d.points import Points
 from pc3d.sparse import (
@@ -51,9 +54,12 @@ class SpikeBlock(SparseModule):
 class SpikeStage(SparseModule):
     """A strided convolution of spikes, then blocks."""
 
-    def __init__(self, in_channels: int, out_channels: int, depth: int, neuron: NeuronFactory) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, depth: int, neuron: NeuronFactory, kernel: int = 2, padding: int = 0
+    ) -> None:
         super().__init__()
-        self.down = _spiking(neuron, SparseConv3d(in_channels, out_channels, 2, stride=2, bias=False))
+        down = SparseConv3d(in_channels, out_channels, kernel, stride=2, padding=padding, bias=False)
+        self.down = _spiking(neuron, down)
         self.blocks = SparseSequential(*(SpikeBlock(out_channels, neuron) for _ in range(depth)))
 
     def forward(self, voxels: Voxels) -> Voxels:
@@ -117,11 +123,7 @@ class E3DSNN(Backbone):
             )
         neuron = partial(SpikingNeuron, levels, surrogate, learn_threshold, decay)
         self.in_channels, self.bounded = in_channels, bounded
-        self.stem = SparseSequential(
-            *(_conv(in_channels, embed_channels), VoxelBatchNorm(embed_channels)),
-            *_spiking(neuron, _conv(embed_channels, embed_channels)),
-            *_spiking(neuron, _conv(embed_channels, embed_channels)),
-        )
+        self.stem = _stem(in_channels, embed_channels, neuron)
         widths = [embed_channels, *enc_channels]
         self.enc = nn.ModuleList(
             SpikeStage(widths[s], widths[s + 1], depth, neuron) for s, depth in enumerate(enc_depths)
@@ -192,6 +194,96 @@ class E3DSNN(Backbone):
         for s in reversed(range(len(self.dec))):
             voxels = self.dec[s](voxels, skips[s])
             yield f"dec{s}", voxels
+
+
+class SpikeEncoder(SparseEncoder):
+    """The levels of E-3DSNN's detector: a stem, one layer at its resolution, three stages, one more step of height.
+
+    Args:
+        in_channels: width of the voxels' features.
+        channels: width of stem and first level, of the stages, and of the result, which are spikes.
+        depths: blocks of the stages.
+        neuron: makes what stands before every convolution but the first and the last.
+    """
+
+    stride = 8
+
+    def __init__(self, in_channels: int, channels: Sequence[int], depths: Sequence[int], neuron: NeuronFactory) -> None:
+        super().__init__()
+        one, *stages, four, self.out_channels = channels
+        self.conv_input = _stem(in_channels, one, neuron)
+        self.conv1 = SparseSequential(_spiking(neuron, _conv(one, one)))
+        for i, ((below, width), depth) in enumerate(zip(pairwise([one, *stages, four]), depths, strict=True)):
+            self.add_module(f"conv{i + 2}", SpikeStage(below, width, depth, neuron, kernel=3, padding=1))
+        last = SparseConv3d(four, self.out_channels, (1, 1, 3), stride=(1, 1, 2), bias=False)
+        self.conv_out = SparseSequential(last, VoxelBatchNorm(self.out_channels), neuron())
+        self.feature_info = [FeatureInfo(f"conv{i + 1}", width, 2**i) for i, width in enumerate(channels[:-1])]
+
+    def height(self, cells: int) -> int:
+        for _ in range(3):
+            cells = (cells - 1) // 2 + 1
+        return (cells - 3) // 2 + 1
+
+    def forward(self, voxels: Voxels) -> tuple[Voxels, dict[str, Voxels]]:
+        voxels, levels = self.conv_input(voxels), {}
+        for info in self.feature_info:
+            voxels = levels[info.name] = self.get_submodule(info.name)(voxels)
+        return self.conv_out(voxels), levels
+
+
+class E3DSNNDetector(VoxelBevBackbone):
+    """The detector of E-3DSNN: spikes up to the map and in its neck.
+
+    Args:
+        in_channels: width of ``points.attrs["feat"]``.
+        grid: range and voxels; heights need 16 voxels at least, maps must be multiples of 16 voxels.
+        channels: width of the first level, of the three stages, and of the encoder's result.
+        depths: blocks of the stages.
+        max_points: the first so many points of a voxel count.
+        max_voxels: of a cloud, in training and otherwise; None sets no limit.
+        neck_layers, neck_channels, up_channels: of the two levels of the neck, see
+            :class:`~pc3d.nn.bev_neck.MultiScaleNeck`.
+        levels, surrogate, learn_threshold, decay: of the neurons, see :class:`~pc3d.nn.spiking.SpikingNeuron`.
+
+    The defaults are the published network for KITTI, as SECOND's grid has it; cars are found with a
+    :class:`~pc3d.models.heads.VoxelRCNNHead` of spikes behind an :class:`~pc3d.models.heads.AnchorHead`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        grid: BevGrid,
+        channels: Sequence[int] = (16, 32, 64, 64, 128),
+        depths: Sequence[int] = (2, 2, 2),
+        max_points: int | None = 5,
+        max_voxels: tuple[int, int] | None = (16000, 40000),
+        neck_layers: Sequence[int] = (5, 5),
+        neck_channels: Sequence[int] = (64, 128),
+        up_channels: Sequence[int] = (128, 128),
+        levels: int = 4,
+        surrogate: Surrogate = "rectangular",
+        learn_threshold: bool = False,
+        decay: float | None = None,
+    ) -> None:
+        if len(channels) != 5 or len(depths) != 3:
+            raise InputError(
+                f"E3DSNNDetector: channels {tuple(channels)} must be five widths, depths {tuple(depths)} three numbers"
+            )
+        neuron = partial(SpikingNeuron, levels, surrogate, learn_threshold, decay)
+
+        def neck(width: int) -> MultiScaleNeck:
+            return MultiScaleNeck(width, neck_layers, (1, 2), neck_channels, (1, 2), up_channels, neuron)
+
+        encoder = SpikeEncoder(in_channels, channels, depths, neuron)
+        super().__init__(in_channels, grid, encoder, neck, max_points, max_voxels)
+
+
+def _stem(in_channels: int, channels: int, neuron: NeuronFactory) -> SparseSequential:
+    return SparseSequential(
+        *(_conv(in_channels, channels), VoxelBatchNorm(channels)),
+        *_spiking(neuron, _conv(channels, channels)),
+        *_spiking(neuron, _conv(channels, channels)),
+    )
 
 
 def _conv(in_channels: int, out_channels: int) -> SubMConv3d:

@@ -7,6 +7,7 @@ from pc3d.models.heads.folding import FoldingDecoder
 from pc3d.models.heads.offset_clustering import OffsetClustering
 from pc3d.models.heads.pooled import GlobalContextHead, KeepLogits, MLPHead
 from pc3d.models.heads.segment_fusion import SegmentFusion
+from pc3d.models.heads.voxel_rcnn_head import PooledLevel, VoxelRCNNHead
 
 __all__ = [
     "Anchor",
@@ -18,5 +19,7 @@ __all__ = [
     "KeepLogits",
     "MLPHead",
     "OffsetClustering",
+    "PooledLevel",
     "SegmentFusion",
+    "VoxelRCNNHead",
 ]

@@ -20,13 +20,12 @@ from pc3d.data.boxes import Boxes
 from pc3d.errors import InputError
 from pc3d.losses.detection import sigmoid_focal
 from pc3d.nn.bev import BevGrid
-from pc3d.ops.boxes import nearest_iou, rotated_nms, wrap_angle
-from pc3d.tasks.heads import DetectionHead, check_counts
+from pc3d.ops.boxes import decode_boxes, encode_boxes, nearest_iou, wrap_angle
+from pc3d.tasks.heads import DetectionHead, Suppression, check_counts
 
 _DIRECTION_OFFSET = 0.78539  # radians, as published
 _DIRECTIONS = 2
 _PRIOR = 0.01  # probability of an object at the start
-_LEAST_SIZE = 1e-5  # metres
 
 
 @dataclass(frozen=True)
@@ -101,6 +100,7 @@ class AnchorHead(DetectionHead[AnchorOutput]):
     """
 
     anchors: Tensor
+    proposes = True
 
     def __init__(
         self,
@@ -192,28 +192,35 @@ class AnchorHead(DetectionHead[AnchorOutput]):
             match = match_anchors(own, boxes, setting.matched, setting.unmatched)
             code = torch.zeros_like(own)
             hit = match >= 0
-            code[hit] = encode(boxes[match[hit]], own[hit])
+            code[hit] = encode_boxes(boxes[match[hit]], own[hit])
             labels[:, number] = torch.where(hit, number, match).view(labels.shape[0], -1)
             residuals[:, number] = code.view(anchors.shape[0], -1, 7)
         return AnchorTargets(labels.flatten(), residuals.view(-1, 7))
 
     # Inference -------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def detections(self, output: AnchorOutput) -> list[Boxes]:
-        return [self._frame_detections(AnchorOutput(*parts)) for parts in zip(*output, strict=True)]
+        rule = Suppression(self.nms_candidates, self.nms_threshold, self.max_boxes)
+        return self._boxes(output, rule, self.score_threshold)
 
-    def _frame_detections(self, output: AnchorOutput) -> Boxes:
-        scores, labels = output.classes.sigmoid().max(1)
-        rows = (scores >= self.score_threshold).nonzero()[:, 0]
-        rows = rows[scores[rows].sort(descending=True, stable=True).indices[: self.nms_candidates]]
-        boxes = self.decode(AnchorOutput(*(part[rows] for part in output)), self.anchors[rows])
-        kept = rotated_nms(boxes, scores[rows], self.nms_threshold, limit=self.max_boxes)
-        return Boxes(boxes[kept], labels[rows][kept], scores[rows][kept])
+    def proposals(self, output: AnchorOutput, rule: Suppression) -> list[Boxes]:
+        return self._boxes(output, rule, 0.0)
+
+    @torch.no_grad()
+    def _boxes(self, output: AnchorOutput, rule: Suppression, least_score: float) -> list[Boxes]:
+        found = []
+        for parts in zip(*output, strict=True):
+            frame = AnchorOutput(*parts)
+            scores, labels = frame.classes.sigmoid().max(1)
+            rows = (scores >= least_score).nonzero()[:, 0]
+            rows = rows[scores[rows].sort(descending=True, stable=True).indices[: rule.candidates]]
+            boxes = self.decode(AnchorOutput(*(part[rows] for part in frame)), self.anchors[rows])
+            found.append(rule(Boxes(boxes, labels[rows], scores[rows])))
+        return found
 
     def decode(self, output: AnchorOutput, anchors: Tensor) -> Tensor:
         """``(N, 7)`` boxes from what is said of ``(N, 7)`` anchors; the heading is turned into its direction's half."""
-        boxes = decode(output.residuals, anchors)
+        boxes = decode_boxes(output.residuals, anchors)
         half = wrap_angle(boxes[:, 6] - _DIRECTION_OFFSET, 0.0, math.pi)
         heading = half + _DIRECTION_OFFSET + math.pi * output.directions.argmax(1)
         return torch.cat([boxes[:, :6], heading[:, None]], 1)
@@ -256,25 +263,6 @@ def match_anchors(anchors: Tensor, boxes: Tensor, matched: float, unmatched: flo
     greatest = overlap.amax(0)
     claimed = ((overlap == greatest) & (greatest > 0)).any(1)
     return torch.where(claimed | (best >= matched), box, match)
-
-
-def encode(boxes: Tensor, anchors: Tensor) -> Tensor:
-    """``(N, 7)`` residuals of boxes from anchors, pair by pair."""
-    size, anchor_size = boxes[:, 3:6].clamp(min=_LEAST_SIZE), anchors[:, 3:6].clamp(min=_LEAST_SIZE)
-    offset = (boxes[:, :3] - anchors[:, :3]) / _scale(anchor_size)
-    return torch.cat([offset, torch.log(size / anchor_size), boxes[:, 6:] - anchors[:, 6:]], 1)
-
-
-def decode(residuals: Tensor, anchors: Tensor) -> Tensor:
-    """The inverse of :func:`encode`."""
-    center = residuals[:, :3] * _scale(anchors[:, 3:6]) + anchors[:, :3]
-    return torch.cat([center, residuals[:, 3:6].exp() * anchors[:, 3:6], residuals[:, 6:] + anchors[:, 6:]], 1)
-
-
-def _scale(size: Tensor) -> Tensor:
-    """``(N, 3)`` units of an offset: the diagonal seen from above, twice, and the height."""
-    diagonal = size[:, :2].square().sum(1, keepdim=True).sqrt()
-    return torch.cat([diagonal, diagonal, size[:, 2:]], 1)
 
 
 def _sine_of_difference(found: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:

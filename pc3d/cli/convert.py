@@ -156,7 +156,7 @@ def _import(
     elif isinstance(backbone, models.ScatterFormer):
         convert.import_scatterformer(state, backbone, head)
     elif isinstance(task, Detection):
-        return convert.import_openpcdet(state, backbone, head, layout)
+        return convert.import_openpcdet(state, backbone, head, layout, refine=task.refine if with_head else None)
     elif isinstance(backbone, models.PointSSM):
         convert.import_point_ssm(state, backbone, _linear_head(task) if with_head else None)
     elif isinstance(backbone, models.SparseUNet):

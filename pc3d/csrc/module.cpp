@@ -19,5 +19,6 @@ NB_MODULE(_C, m) {
   pc3d::register_scan(m);
   pc3d::register_serialize(m);
   pc3d::register_threads(m);
+  pc3d::register_voxel_query(m);
   pc3d::register_voxelize(m);
 }

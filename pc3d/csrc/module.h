@@ -16,5 +16,6 @@ void register_lzf(nanobind::module_ &m);
 void register_order(nanobind::module_ &m);
 void register_serialize(nanobind::module_ &m);
 void register_threads(nanobind::module_ &m);
+void register_voxel_query(nanobind::module_ &m);
 void register_voxelize(nanobind::module_ &m);
 }  // namespace pc3d

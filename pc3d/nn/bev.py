@@ -6,16 +6,18 @@ A map is ``(B, C, H, W)``: rows along y, columns along x, both rising. A cell co
 # No postponed annotations here: jsonargparse takes the types of a dataclass's __init__ as they stand, and would check
 # nothing.
 import abc
+import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pc3d.config import Configurable
 from pc3d.errors import InputError
-from pc3d.nn.backbone import PointNetwork
+from pc3d.nn.backbone import FeatureInfo, PointNetwork
+from pc3d.nn.bev_neck import MultiScaleNeck
 from pc3d.ops.segment import segment_mean
 from pc3d.ops.voxelize import UniqueVoxels, unique_voxels
 from pc3d.points import Points
@@ -81,6 +83,11 @@ class BevGrid(Configurable):
         ]
         x, y = torch.meshgrid(*axes, indexing="xy")
         return torch.stack([x, y], -1)
+
+    def centers(self, coord: Tensor, stride: int = 1) -> Tensor:
+        """``(M, 3)`` float32 middles of voxels ``(M, 3)`` that are ``stride`` voxels of the grid wide, in metres."""
+        low, edge = (torch.tensor(list(v), device=coord.device) for v in (self.point_range[:3], self.voxel_size))
+        return (coord + 0.5) * (edge * stride) + low
 
     def cells(self, coord: Tensor) -> Tensor:
         """``(N, 3)`` int32 voxel along x, y, z of each point, ``floor((p - low) / edge)`` in the dtype of ``coord``.
@@ -171,10 +178,12 @@ class BevBackbone(PointNetwork):
         grid: the box and its voxels.
         stride: voxels per cell of the map, along x and along y.
         out_channels: width C of the map.
+        feature_info: the levels of voxels below the map, for what looks at them once more; none by default.
     """
 
     grid: BevGrid
     stride: int
+    feature_info: Sequence[FeatureInfo] = ()
 
     @abc.abstractmethod
     def forward(self, points: Points) -> Tensor:
@@ -183,6 +192,84 @@ class BevBackbone(PointNetwork):
         Raises:
             InputError: if ``points.attrs["feat"]`` is missing or not ``(N, in_channels)``.
         """
+
+    def forward_levels(self, points: Points) -> tuple[Tensor, dict[str, Voxels]]:
+        """The map of :meth:`forward`, and the voxels of every level by the names of ``feature_info``."""
+        return self(points), {}
+
+
+class SparseEncoder(nn.Module, abc.ABC):
+    """Sparse convolutions over voxels of a :class:`BevGrid`; all axes have the same stride but in the last layer.
+
+    Attributes:
+        stride: of the result along x and y.
+        out_channels: width of the result.
+        feature_info: the levels, the result left out.
+    """
+
+    stride: int
+    out_channels: int
+    feature_info: Sequence[FeatureInfo]
+
+    @abc.abstractmethod
+    def height(self, cells: int) -> int:
+        """Cells along z that the encoder leaves of so many; 0 or less: too few."""
+
+    @abc.abstractmethod
+    def forward(self, voxels: Voxels) -> tuple[Voxels, dict[str, Voxels]]:
+        """The result, and the voxels of every level by the names of ``feature_info``."""
+
+
+class VoxelBevBackbone(BevBackbone):
+    """Voxels with the mean of their points, a sparse encoder, its heights as channels of a map, and a neck.
+
+    Args:
+        in_channels: width of ``points.attrs["feat"]``.
+        grid: range and voxels; maps must be multiples of the encoder's stride times the neck's coarsest.
+        encoder: for ``in_channels``.
+        neck: makes the neck for maps of a width.
+        max_points: the first so many points of a voxel count.
+        max_voxels: of a cloud, in training and otherwise; None sets no limit.
+
+    Raises:
+        InputError: if the grid does not fit the strides.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        grid: BevGrid,
+        encoder: SparseEncoder,
+        neck: Callable[[int], MultiScaleNeck],
+        max_points: int | None,
+        max_voxels: tuple[int, int] | None,
+    ) -> None:
+        super().__init__()
+        name, (x, y, z), stride = type(self).__name__, grid.shape, encoder.stride
+        height = encoder.height(z + 1)
+        if height < 1:
+            least = next(cells for cells in itertools.count(1) if encoder.height(cells + 1) > 0)
+            raise InputError(f"{name}: grid has {z} voxels along z, {least} at least are needed: lower voxel_size")
+        if x % stride or y % stride:
+            raise InputError(f"{name}: grid has {x} x {y} voxels along x and y: both must be multiples of {stride}")
+        self.in_channels, self.grid = in_channels, grid
+        self.max_points, self.max_voxels = max_points, max_voxels
+        self.encoder, self.neck = encoder, neck(height * encoder.out_channels)
+        self.neck.check_shape(y // stride, x // stride)
+        self.out_channels, self.stride = self.neck.out_channels, stride * self.neck.stride
+        self.feature_info = encoder.feature_info
+
+    def forward(self, points: Points) -> Tensor:
+        return self.forward_levels(points)[0]
+
+    def forward_levels(self, points: Points) -> tuple[Tensor, dict[str, Voxels]]:
+        self.check_input(points)
+        limit = None if self.max_voxels is None else self.max_voxels[0 if self.training else 1]
+        _, voxels = self.grid.voxelize(points, self.max_points, limit)
+        x, y, z = self.grid.shape
+        # One cell of height more than there are voxels, as published: four strides then leave two, not one and a half.
+        encoded, levels = self.encoder(replace(voxels, spatial_shape=(x, y, z + 1)))
+        return self.neck(bev_map(encoded)), levels
 
 
 def bev_map(voxels: Voxels) -> Tensor:

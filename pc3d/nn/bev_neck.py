@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ class MultiScaleNeck(nn.Module):
         channels: width of every level.
         up_strides: factor by which every level grows.
         up_channels: width of every level after that; their sum is ``out_channels``.
+        neuron: makes what stands before every convolution, in place of the ReLU behind its norm.
 
     Attributes:
         stride: of the result, in cells of the input; ``coarsest``, of the last level.
@@ -38,6 +39,7 @@ class MultiScaleNeck(nn.Module):
         channels: Sequence[int],
         up_strides: Sequence[int],
         up_channels: Sequence[int],
+        neuron: Callable[[], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         settings = {"strides": strides, "channels": channels, "up_strides": up_strides, "up_channels": up_channels}
@@ -56,15 +58,11 @@ class MultiScaleNeck(nn.Module):
         self.out_channels = sum(up_channels)
         widths = itertools.pairwise([in_channels, *channels])
         self.blocks = nn.ModuleList(
-            _level(before, width, stride, count)
+            _level(before, width, stride, count, neuron)
             for (before, width), stride, count in zip(widths, strides, layers, strict=True)
         )
         self.deblocks = nn.ModuleList(
-            nn.Sequential(
-                nn.ConvTranspose2d(width, up_width, up, up, bias=False),
-                map_norm(up_width),
-                nn.ReLU(),
-            )
+            nn.Sequential(*_layer(nn.ConvTranspose2d(width, up_width, up, up, bias=False), neuron))
             for width, up, up_width in zip(channels, up_strides, up_channels, strict=True)
         )
 
@@ -85,14 +83,19 @@ class MultiScaleNeck(nn.Module):
         return torch.cat(scales, 1)
 
 
-def _level(in_channels: int, channels: int, stride: int, layers: int) -> nn.Sequential:
+def _level(
+    in_channels: int, channels: int, stride: int, layers: int, neuron: Callable[[], nn.Module] | None
+) -> nn.Sequential:
     # Padding is a module of its own in the published networks: the numbers of the others follow from it.
-    first = nn.Conv2d(in_channels, channels, 3, stride, bias=False)
-    modules: list[nn.Module] = [nn.ZeroPad2d(1), first, map_norm(channels), nn.ReLU()]
+    modules = [nn.ZeroPad2d(1), *_layer(nn.Conv2d(in_channels, channels, 3, stride, bias=False), neuron)]
     for _ in range(layers):
-        conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        modules += [conv, map_norm(channels), nn.ReLU()]
+        modules += _layer(nn.Conv2d(channels, channels, 3, padding=1, bias=False), neuron)
     return nn.Sequential(*modules)
+
+
+def _layer(conv: nn.Conv2d | nn.ConvTranspose2d, neuron: Callable[[], nn.Module] | None) -> list[nn.Module]:
+    norm = map_norm(conv.out_channels)
+    return [conv, norm, nn.ReLU()] if neuron is None else [neuron(), conv, norm]
 
 
 def map_norm(channels: int) -> nn.BatchNorm2d:

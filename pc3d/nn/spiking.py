@@ -140,11 +140,11 @@ _DERIVATIVES = {"rectangular": _rectangular, "triangular": _triangular, "sigmoid
 
 @dataclass(frozen=True)
 class LayerActivity:
-    """One call of a sparse convolution or linear layer.
+    """One call of a convolution or linear layer.
 
     Attributes:
         name: of the layer.
-        macs: multiply-accumulate operations of a network without spikes: pairs of voxels x Cin x Cout.
+        macs: multiply-accumulate operations of a network without spikes: pairs of voxels, or of pixels, x Cin x Cout.
         rate: mean of its inputs over D if these are spikes; None for real inputs.
         levels: D.
     """
@@ -172,7 +172,7 @@ class SpikeMeter:
         layers: every call of a layer with spikes or real inputs, in order.
 
     Args:
-        network: whose neurons, sparse convolutions and linear layers are watched.
+        network: whose neurons, convolutions (sparse, or on maps) and linear layers are watched.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -185,7 +185,7 @@ class SpikeMeter:
         for name, module in self.network.named_modules():
             if isinstance(module, SpikingNeuron):
                 self._handles.append(module.register_forward_hook(self._neuron(name)))
-            elif isinstance(module, (SparseConvolution, nn.Linear)):
+            elif isinstance(module, (SparseConvolution, nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
                 self._handles.append(module.register_forward_hook(self._layer(name)))
         return self
 
@@ -215,12 +215,15 @@ class SpikeMeter:
     def _layer(self, name: str) -> Any:
         def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             given = inputs[0]
+            feat = given.feat if isinstance(layer, SparseConvolution) else given
             if isinstance(layer, SparseConvolution):
                 macs = _pairs(layer, given).num_pairs * layer.in_channels * layer.out_channels
-                feat = given.feat
-            else:
-                assert isinstance(layer, nn.Linear)
-                macs, feat = given.numel() * layer.out_features, given
+            elif isinstance(layer, nn.Linear):
+                macs = given.numel() * layer.out_features
+            else:  # borders count as if there were pixels beyond them
+                assert isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d))
+                pixels = given if isinstance(layer, nn.ConvTranspose2d) else output
+                macs = pixels.numel() // pixels.shape[1] * layer.weight.numel()
             levels = getattr(feat, "levels", None)
             rate = None if levels is None else _mean(feat) / levels
             self.layers.append(LayerActivity(name, macs, rate, levels or 1))

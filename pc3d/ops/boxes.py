@@ -15,6 +15,7 @@ from torch import Tensor
 from pc3d.ops.backend import cpu_kernels
 
 _PAIRS_AT_ONCE = 1 << 18
+_LEAST_SIZE = 1e-5  # metres
 _BEV = [0, 1, 3, 4, 6]  # columns of a box that are its rectangle seen from above
 
 
@@ -57,6 +58,16 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
     bottom = torch.maximum(a[:, 2] - a[:, 5] / 2, b[:, 2] - b[:, 5] / 2)
     shared = shared * (top - bottom).clamp(min=0)
     union = a[:, 3:6].prod(1) + b[:, 3:6].prod(1) - shared
+    return shared / union.clamp(min=1e-6)
+
+
+def box_iou_table(a: Tensor, b: Tensor) -> Tensor:
+    """``(N, M)`` float64 intersection over union of the volumes of LiDAR boxes ``(N, 7)`` and ``(M, 7)``."""
+    a, b = a.detach().double(), b.detach().double()
+    shared = rectangle_intersection(a[:, _BEV], b[:, _BEV])
+    (low_a, high_a), (low_b, high_b) = ((box[:, 2] - box[:, 5] / 2, box[:, 2] + box[:, 5] / 2) for box in (a, b))
+    shared = shared * (torch.minimum(high_a[:, None], high_b) - torch.maximum(low_a[:, None], low_b)).clamp(min=0)
+    union = a[:, 3:6].prod(1)[:, None] + b[:, 3:6].prod(1) - shared
     return shared / union.clamp(min=1e-6)
 
 
@@ -143,16 +154,46 @@ def _snapped(boxes: Tensor) -> tuple[Tensor, Tensor]:
     return boxes[:, :2] - size / 2, boxes[:, :2] + size / 2
 
 
+def encode_boxes(boxes: Tensor, anchors: Tensor) -> Tensor:
+    """``(N, 7)`` residuals of boxes from anchors, pair by pair.
+
+    Offsets of the centre over the diagonal of the anchor seen from above, twice, and over its height; logarithms of the
+    ratios of sizes; difference of headings. Yan et al., "SECOND", Sensors 2018, section 3.2.2.
+    """
+    size, anchor_size = boxes[:, 3:6].clamp(min=_LEAST_SIZE), anchors[:, 3:6].clamp(min=_LEAST_SIZE)
+    offset = (boxes[:, :3] - anchors[:, :3]) / _scale(anchor_size)
+    return torch.cat([offset, torch.log(size / anchor_size), boxes[:, 6:] - anchors[:, 6:]], 1)
+
+
+def decode_boxes(residuals: Tensor, anchors: Tensor) -> Tensor:
+    """The inverse of :func:`encode_boxes`."""
+    center = residuals[:, :3] * _scale(anchors[:, 3:6]) + anchors[:, :3]
+    return torch.cat([center, residuals[:, 3:6].exp() * anchors[:, 3:6], residuals[:, 6:] + anchors[:, 6:]], 1)
+
+
+def _scale(size: Tensor) -> Tensor:
+    """``(N, 3)`` units of an offset: the diagonal seen from above, twice, and the height."""
+    diagonal = size[:, :2].square().sum(1, keepdim=True).sqrt()
+    return torch.cat([diagonal, diagonal, size[:, 2:]], 1)
+
+
+def turn(points: Tensor, angle: Tensor) -> Tensor:
+    """``(P, K, 2)`` points turned by ``(P,)`` angles, counter-clockwise."""
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    x, y = points.unbind(-1)
+    return torch.stack([cos * x - sin * y, sin * x + cos * y], -1)
+
+
 def _shared_area(a: Tensor, b: Tensor) -> Tensor:
     """``(P,)`` area of pairs: corners of either inside the other and crossings of edges, sorted around their middle."""
     half, other = a[:, None, 2:4] / 2, b[:, None, 2:4] / 2
     slack = 1e-9 * (half.amax(-1) + other.amax(-1))
-    offset = _turn(b[:, None, :2] - a[:, None, :2], -a[:, 4])[:, 0]  # of b in the frame of a
-    turn = b[:, 4] - a[:, 4]
-    corners_b = _turn(_unit_corners(a) * b[:, None, 2:4], turn) + offset[:, None]
+    offset = turn(b[:, None, :2] - a[:, None, :2], -a[:, 4])[:, 0]  # of b in the frame of a
+    angle_between = b[:, 4] - a[:, 4]
+    corners_b = turn(_unit_corners(a) * b[:, None, 2:4], angle_between) + offset[:, None]
     corners_a = _unit_corners(a) * a[:, None, 2:4]
     inside_a = (corners_b.abs() <= half + slack[..., None]).all(2)
-    inside_b = (_turn(corners_a - offset[:, None], -turn).abs() <= other + slack[..., None]).all(2)
+    inside_b = (turn(corners_a - offset[:, None], -angle_between).abs() <= other + slack[..., None]).all(2)
     crossings, crosses = _edge_crossings(corners_b, half[:, 0])
     points = torch.cat([corners_b, corners_a, crossings], 1)
     valid = torch.cat([inside_a, inside_b, crosses], 1)
@@ -171,13 +212,6 @@ def _shared_area(a: Tensor, b: Tensor) -> Tensor:
 
 def _unit_corners(like: Tensor) -> Tensor:
     return like.new_tensor([[0.5, 0.5], [-0.5, 0.5], [-0.5, -0.5], [0.5, -0.5]])
-
-
-def _turn(points: Tensor, angle: Tensor) -> Tensor:
-    """``(P, K, 2)`` points turned by ``(P,)`` angles."""
-    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
-    x, y = points.unbind(-1)
-    return torch.stack([cos * x - sin * y, sin * x + cos * y], -1)
 
 
 def _edge_crossings(corners: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,7 +233,7 @@ def _edge_crossings(corners: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
 def box_corners(boxes: Tensor) -> Tensor:
     """``(N, 8, 3)`` corners of LiDAR boxes ``(N, 7)``: the lower four, then the upper four."""
     signs = boxes.new_tensor([[1, 1], [1, -1], [-1, -1], [-1, 1]]) / 2
-    flat = _turn(signs * boxes[:, None, 3:5], boxes[:, 6]) + boxes[:, None, :2]
+    flat = turn(signs * boxes[:, None, 3:5], boxes[:, 6]) + boxes[:, None, :2]
     low, high = (boxes[:, None, 2:3] + side * boxes[:, None, 5:6] / 2 for side in (-1, 1))
     return torch.cat([torch.cat([flat, z.expand(-1, 4, -1)], 2) for z in (low, high)], 1)
 
@@ -216,7 +250,7 @@ def _points_inside(coord: Tensor, boxes: Tensor) -> Tensor:
     inside = x & y
     point, box = inside.nonzero().unbind(1)  # few: these are looked at closely
     local, chosen = (coord[point] - center[box]).double(), boxes[box].double()
-    flat = _turn(local[:, None, :2], -chosen[:, 6])[:, 0]
+    flat = turn(local[:, None, :2], -chosen[:, 6])[:, 0]
     offset = torch.cat([flat, local[:, 2:]], 1)
     inside[point, box] = (offset.abs() <= chosen[:, 3:6] / 2).all(1)
     return inside

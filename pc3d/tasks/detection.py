@@ -23,9 +23,10 @@ from pc3d.nn.bev import BevBackbone
 from pc3d.ops.boxes import points_in_boxes
 from pc3d.points import Points
 from pc3d.tasks.base import ADAMW, ONECYCLE, PointTask
-from pc3d.tasks.heads import DetectionHead
+from pc3d.tasks.heads import DetectionHead, RefinementHead
 from pc3d.tasks.inference import check_cloud
 from pc3d.tasks.optim import OptimizerConfig, ScheduleConfig
+from pc3d.voxels import Voxels
 
 _MODERATE = DIFFICULTIES.index("moderate")
 _POSITIONS = ("r40", "r11")
@@ -43,6 +44,7 @@ class Detection(PointTask):
         backbone: ``points -> (B, C, H, W)`` maps.
         class_names: name of class 0, 1, ...
         head: maps to boxes.
+        refine: a second stage that corrects these boxes; validation losses are those of the first stage.
         optimizer, schedule, ema_decay, freeze: see :class:`~pc3d.tasks.SemanticSegmentation`.
     """
 
@@ -54,6 +56,7 @@ class Detection(PointTask):
         backbone: BevBackbone,
         class_names: list[str],
         head: DetectionHead,
+        refine: RefinementHead | None = None,
         optimizer: OptimizerConfig = ADAMW,
         schedule: ScheduleConfig = ONECYCLE,
         ema_decay: float | None = None,
@@ -62,13 +65,28 @@ class Detection(PointTask):
         super().__init__(backbone, class_names, optimizer, schedule, ema_decay)
         head.build(backbone.out_channels, self.class_names, backbone.grid, backbone.stride)
         self.head = head
+        if refine is not None:
+            if not head.proposes:
+                raise InputError(f"model.refine: {type(head).__name__} proposes nothing to refine; use AnchorHead")
+            refine.build(backbone.grid, backbone.feature_info)
+        self.refine = refine
         self.val_metrics = KittiMetrics(class_names)
         self.test_metrics = KittiMetrics(class_names)
         self.freeze_matching(freeze)
 
     def forward(self, points: Points) -> list[Boxes]:
         """Boxes of every cloud of sampled points, best first."""
-        return self.head.detections(self.head(self.backbone(points)))
+        return self._found(*self._outputs(points))
+
+    def _outputs(self, points: Points) -> tuple[Any, dict[str, Voxels]]:
+        """What the head says of every cloud, and the levels of voxels below it."""
+        features, levels = self.backbone.forward_levels(points)
+        return self.head(features), levels
+
+    def _found(self, output: Any, levels: dict[str, Voxels]) -> list[Boxes]:
+        if self.refine is None:
+            return self.head.detections(output)
+        return self.refine.detections(levels, self.head.proposals(output, self.refine.suppression))
 
     def truth(self, points: Points) -> list[Boxes]:
         """The boxes to be found in every cloud."""
@@ -80,7 +98,12 @@ class Detection(PointTask):
 
     def training_step(self, batch: Points, batch_idx: int) -> Tensor:
         self._reseed(self.current_epoch, batch_idx)
-        losses = self.head.losses(self.head(self.backbone(batch)), self.truth(batch))
+        output, levels = self._outputs(batch)
+        truth = self.truth(batch)
+        losses = self.head.losses(output, truth)
+        if self.refine is not None:
+            proposals = self.head.proposals(output, self.refine.training_suppression)
+            losses |= self.refine.losses(levels, proposals, truth)
         self.log_rates(len(batch))
         return self.log_losses(losses, "train", len(batch))
 
@@ -88,9 +111,9 @@ class Detection(PointTask):
 
     def validation_step(self, batch: Points, batch_idx: int) -> dict[str, Any]:
         self._reseed(-1, batch_idx)
-        output = self.head(self.backbone(batch))
+        output, levels = self._outputs(batch)
         self.log_losses(self.head.losses(output, self.truth(batch)), "val", len(batch))
-        return self._score(batch, self.head.detections(output), self.val_metrics)
+        return self._score(batch, self._found(output, levels), self.val_metrics)
 
     def test_step(self, batch: Sequence[Points], batch_idx: int) -> dict[str, Any]:
         self._reseed(-1, batch_idx)

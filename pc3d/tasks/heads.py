@@ -1,10 +1,11 @@
 """From features to class logits, instances and boxes."""
 
-from __future__ import annotations
-
+# No postponed annotations here: jsonargparse takes the types of a dataclass's __init__ as they stand, and would check
+# nothing.
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,12 @@ from pc3d.config import Configurable
 from pc3d.data.boxes import Boxes
 from pc3d.errors import InputError
 from pc3d.metrics import Instances
+from pc3d.nn.backbone import FeatureInfo
 from pc3d.nn.bev import BevGrid
 from pc3d.nn.point_grid import GridPyramid
+from pc3d.ops.boxes import rotated_nms
 from pc3d.points import Points
+from pc3d.voxels import Voxels
 
 
 class SegmentationHead(nn.Module, Configurable, ABC):
@@ -103,11 +107,38 @@ class InstanceHead(nn.Module, Configurable, ABC, Generic[Output]):
         return None
 
 
+@dataclass(frozen=True)
+class Suppression(Configurable):
+    """Which of many boxes of a cloud are kept.
+
+    Attributes:
+        candidates: the best so many are compared.
+        overlap: of two boxes of any classes that overlap more, seen from above, the worse goes.
+        kept: the best so many of those left stay.
+    """
+
+    candidates: int
+    overlap: float
+    kept: int
+
+    def __call__(self, found: Boxes) -> Boxes:
+        assert found.scores is not None
+        found = found.take(found.scores.sort(descending=True, stable=True).indices[: self.candidates])
+        assert found.scores is not None
+        return found.take(rotated_nms(found.boxes, found.scores, self.overlap, limit=self.kept))
+
+
 Predicted = TypeVar("Predicted")
 
 
 class DetectionHead(nn.Module, Configurable, ABC, Generic[Predicted]):
-    """From a map seen from above to boxes. A task calls :meth:`build` once, before anything else."""
+    """From a map seen from above to boxes. A task calls :meth:`build` once, before anything else.
+
+    Attributes:
+        proposes: whether :meth:`proposals` gives a second stage something to correct.
+    """
+
+    proposes: ClassVar[bool] = False
 
     @abstractmethod
     def build(self, in_channels: int, class_names: list[str], grid: BevGrid, stride: int) -> None:
@@ -123,6 +154,35 @@ class DetectionHead(nn.Module, Configurable, ABC, Generic[Predicted]):
     @abstractmethod
     def detections(self, output: Predicted) -> list[Boxes]:
         """Boxes of every cloud with scores, overlapping ones removed, best first; float32."""
+
+    def proposals(self, output: Predicted, rule: Suppression) -> list[Boxes]:
+        """Boxes of every cloud for a second stage, however unlikely, best first; without gradients."""
+        raise NotImplementedError
+
+
+class RefinementHead(nn.Module, Configurable, ABC):
+    """A second stage: corrects the boxes of a :class:`DetectionHead` by the voxels around them.
+
+    A task calls :meth:`build` once, before anything else.
+
+    Attributes:
+        suppression: makes the boxes that are corrected; ``training_suppression``, those it learns from.
+    """
+
+    suppression: Suppression
+    training_suppression: Suppression
+
+    @abstractmethod
+    def build(self, grid: BevGrid, levels: Sequence[FeatureInfo]) -> None:
+        """Make the layers for the levels of a backbone; InputError if one is missing."""
+
+    @abstractmethod
+    def losses(self, levels: Mapping[str, Voxels], proposals: list[Boxes], truth: list[Boxes]) -> dict[str, Tensor]:
+        """Named, weighted losses against the true boxes of every cloud."""
+
+    @abstractmethod
+    def detections(self, levels: Mapping[str, Voxels], proposals: list[Boxes]) -> list[Boxes]:
+        """The corrected boxes of every cloud with new scores, overlapping ones removed, best first; float32."""
 
 
 def check_counts(**counts: int) -> None:

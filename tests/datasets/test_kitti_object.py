@@ -87,6 +87,19 @@ def test_background_is_a_class_of_its_own(tmp_path: Path) -> None:
     assert (whole.load("test", 0).get("segment") == -1).all()
 
 
+def test_some_of_the_classes(tmp_path: Path) -> None:
+    FIXTURES["kitti"](tmp_path, 3)
+    plain, some = KITTIObject(str(tmp_path)), KITTIObject(str(tmp_path), classes=["Cyclist", "Car"])
+    assert some.class_names == ["Cyclist", "Car"]
+    for index in range(2):
+        before, after = plain.load("train", index).get("segment"), some.load("train", index).get("segment")
+        assert torch.equal(after, torch.tensor([1, -1, 0, -1])[before])
+    assert some.fingerprint("train", 0) != plain.fingerprint("train", 0)
+    for wrong in (["Van"], [], ["Car", "Car"]):
+        with pytest.raises(InputError, match="must be some of Car, Pedestrian, Cyclist, each once"):
+            KITTIObject(str(tmp_path), classes=wrong)
+
+
 def test_the_picture_tells_what_the_camera_sees(tmp_path: Path) -> None:
     FIXTURES["kitti"](tmp_path, 0)
     before = KITTIObject(str(tmp_path)).load("train", 0).num_points

@@ -10,9 +10,9 @@ from harness import Golden, golden_files
 
 from pc3d.data.boxes import Boxes
 from pc3d.models.heads import Anchor, AnchorHead, CenterHead
-from pc3d.models.heads.anchor_head import AnchorOutput, encode
+from pc3d.models.heads.anchor_head import AnchorOutput
 from pc3d.nn.bev import BevGrid
-from pc3d.ops.boxes import nearest_iou
+from pc3d.ops.boxes import encode_boxes, nearest_iou
 
 
 def true_boxes(stored: torch.Tensor) -> list[Boxes]:
@@ -55,7 +55,7 @@ def test_anchors_and_their_targets(golden: Golden) -> None:
         output = AnchorOutput(torch.zeros(len(labels), len(settings)), residuals, directions)
         decoded, expected = head.decode(output, head.anchors), golden.tensor("out/decoded")[number]
         torch.testing.assert_close(decoded[:, :6], expected[:, :6], atol=1e-4, rtol=1e-5)
-        torch.testing.assert_close(encode(expected, head.anchors), residuals, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(encode_boxes(expected, head.anchors), residuals, atol=1e-4, rtol=1e-4)
     per_class = head.anchors.view(-1, len(settings), len(settings[0].headings), 7)
     first = nearest_iou(per_class[:, 0].reshape(-1, 7), golden.tensor("in/gt_boxes")[0][:, :7])
     torch.testing.assert_close(first, golden.tensor(f"out/nearest_iou_{settings[0].name.lower()}"), atol=1e-5, rtol=0)

@@ -10,7 +10,7 @@ from pc3d.config import instantiate
 from pc3d.errors import InputError
 from pc3d.models import SECOND, PointPillars
 from pc3d.models.backbones.pointpillars import PillarEncoder
-from pc3d.models.backbones.second import SparseEncoder
+from pc3d.models.backbones.second import SECONDEncoder
 from pc3d.models.convert import import_openpcdet
 from pc3d.models.convert.kernels import KernelLayout, write_kernel
 from pc3d.models.heads import AnchorHead
@@ -100,7 +100,7 @@ def test_wrong_grids_are_refused():
 def test_sparse_encoder_equals_dense_convolutions():
     """Where every voxel is occupied, sparse and dense convolutions are the same."""
     torch.manual_seed(0)
-    encoder = SparseEncoder(3, (4, 4, 5, 5, 6)).eval()
+    encoder = SECONDEncoder(3, (4, 4, 5, 5, 6)).eval()
     for module in encoder.modules():
         if isinstance(module, nn.BatchNorm1d):
             nn.init.uniform_(module.running_mean, -0.5, 0.5)
@@ -118,7 +118,8 @@ def test_sparse_encoder_equals_dense_convolutions():
         dense = torch.nn.functional.conv3d(dense, weight, stride=stride, padding=padding)
         scale = (norm.running_var + norm.eps).rsqrt()
         dense = ((dense.movedim(1, -1) - norm.running_mean) * scale).relu().movedim(-1, 1)
-    found = encoder(voxels)
+    found, levels = encoder(voxels)
+    assert [len(levels[info.name].feat[0]) for info in encoder.feature_info] == [4, 4, 5, 5]
     assert found.spatial_shape == tuple(dense.shape[2:]) == (2, 2, 1)
     expected = dense.permute(0, 1, 4, 3, 2).flatten(1, 2)  # heights are channels, rows along y
     torch.testing.assert_close(bev_map(found), expected, atol=1e-4, rtol=1e-4)

@@ -118,6 +118,15 @@ def test_meter_counts_pairs_and_spikes() -> None:
     assert len(meter.layers) == 4  # nothing is counted outside the block
 
 
+def test_meter_counts_pixels() -> None:
+    conv, up = torch.nn.Conv2d(3, 5, 3, stride=2, padding=1), torch.nn.ConvTranspose2d(5, 2, 2, stride=2)
+    with SpikeMeter(torch.nn.Sequential(SpikingNeuron(), conv, SpikingNeuron(2), up)) as meter, torch.no_grad():
+        meter.network(torch.randn(2, 3, 8, 6) * 3)
+    assert [layer.macs for layer in meter.layers] == [2 * 4 * 3 * 3 * 5 * 9, 2 * 4 * 3 * 5 * 2 * 4]
+    assert [layer.rate for layer in meter.layers] == [rate for _, rate in meter.rates]
+    assert [layer.levels for layer in meter.layers] == [4, 2]
+
+
 def test_compiled_agrees() -> None:
     x = torch.linspace(-1, 5, 61)
     neuron = SpikingNeuron()
