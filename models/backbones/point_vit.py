@@ -15,7 +15,7 @@ from pc3d.errors import InputError
 from pc3d.nn import FeatureInfo
 from pc3d.nn.adaptable import Adaptable
 from pc3d.nn.patch_decoders import LevelDecoder, PatchDecoder
-from pc3d.nn.patches import MiniPointNet, Patches, group_patches
+from pc3d.nn.patches import MiniPointNet, Patches, check_patch_sizes, group_patches
 from pc3d.nn.vit import PatchBackbone, PatchTokens, position_mlp, transformer_blocks
 from pc3d.points import Points
 
@@ -63,6 +63,7 @@ class PointViT(Adaptable, PatchBackbone):
         self.make_adaptable(channels)
         if in_channels < 3:
             raise InputError(f"PointViT.in_channels: {in_channels}; the coordinates come first, they alone are 3")
+        check_patch_sizes("PointViT", patches, patch_points)
         if not stages or list(stages) != sorted(set(stages)) or not 0 <= stages[0] <= stages[-1] < depth:
             raise InputError(f"PointViT.stages: {list(stages)} must rise within the {depth} blocks, 0..{depth - 1}")
         if categories and decoder is None and levels is None:

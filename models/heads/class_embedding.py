@@ -30,6 +30,7 @@ class ClassEmbeddingHead(SegmentationHead):
 
     def __init__(self, in_channels: int, num_classes: int, embedding_channels: int = 512) -> None:
         super().__init__()
+        self.in_channels, self.num_classes = in_channels, num_classes
         self.proj = nn.Linear(in_channels, embedding_channels)
         vectors = torch.nn.init.normal_(torch.empty(num_classes, embedding_channels))
         self.register_buffer("class_embedding", F.normalize(vectors))

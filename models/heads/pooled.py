@@ -24,6 +24,7 @@ class GlobalContextHead(SegmentationHead):
 
     def __init__(self, in_channels: int, num_classes: int, dropout: float = 0.5) -> None:
         super().__init__()
+        self.in_channels, self.num_classes = in_channels, num_classes
         width = 3 * in_channels
         self.hidden = nn.Sequential(nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU())
         self.dropout = nn.Dropout(dropout)
@@ -53,6 +54,7 @@ class MLPHead(SegmentationHead):
         leak: float = 0.0,
     ) -> None:
         super().__init__()
+        self.in_channels, self.num_classes = in_channels, num_classes
         sizes = [in_channels, *widths]
         self.hidden = nn.Sequential(
             *(
@@ -73,6 +75,8 @@ class MLPHead(SegmentationHead):
 
 class KeepLogits(SegmentationHead):
     """The last ``num_classes`` features are the logits already; see :class:`~pc3d.models.StoredLogits`."""
+
+    num_classes: int
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()

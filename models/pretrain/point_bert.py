@@ -23,7 +23,7 @@ from pc3d.errors import InputError
 from pc3d.losses.patches import patch_distance
 from pc3d.nn import Backbone, FeatureInfo
 from pc3d.nn.edge_conv import EdgeConv
-from pc3d.nn.patches import MiniPointNet, Patches, block_mask, group_patches
+from pc3d.nn.patches import MiniPointNet, Patches, block_mask, check_patch_sizes, group_patches
 from pc3d.nn.vit import PatchBackbone
 from pc3d.points import Points
 from pc3d.tasks.pretraining import PretrainingMethod, PretrainingOutput
@@ -57,6 +57,7 @@ class DiscreteVAE(Backbone):
         ignore_origin: bool = False,
     ) -> None:
         super().__init__()
+        check_patch_sizes("DiscreteVAE", patches, patch_points)
         if patch_points % 4:
             raise InputError(f"DiscreteVAE.patch_points: {patch_points} is no multiple of 4")
         self.in_channels, self.out_channels = in_channels, channels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,13 +34,16 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1")
     own, overrides = split_overrides(arguments)
     options = parser.parse_args(own)
-    if options.C <= 0:
+    if not 0 < options.C < math.inf:
         raise InputError(f"--C {options.C} must be positive")
     try:
         from sklearn.svm import LinearSVC
     except ImportError as error:
         raise InputError("pc3d probe needs scikit-learn: pip install scikit-learn") from error
+    import torch
+
     from pc3d.cli.experiment import Experiment, check_configs
+    from pc3d.cli.predict import choose_device
     from pc3d.cli.runs import Run
     from pc3d.tasks import Pretraining, load_task
 
@@ -53,9 +57,11 @@ def main(arguments: list[str]) -> int:
         raise InputError(
             f"{options.config}: makes {data.in_channels} channels, the backbone takes {task.backbone.in_channels}"
         )
-    task.to(options.device)
+    task.to(choose_device(options.device, torch))
     splits: tuple[Split, Split] = ("train", "test")
     sets = {split: features(task, data, split) for split in splits}
+    if len(classes := set(sets["train"][1].tolist())) < 2:
+        raise InputError(f"{options.config}: the training clouds are of {len(classes)} class; a classifier needs two")
     machine = LinearSVC(C=options.C, random_state=0).fit(*sets["train"])
     for split, (values, labels) in sets.items():
         print(f"linear SVM, {split}: OA {machine.score(values, labels):.4f} on {len(labels)} clouds")
@@ -63,22 +69,23 @@ def main(arguments: list[str]) -> int:
 
 
 def features(task: Pretraining, data: PointDataModule, split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """``(n, F)`` float32 features and ``(n,)`` int64 classes of a split's clouds.
+    """``(n, F)`` float32 features and ``(n,)`` int64 classes of a split's clouds that have one.
 
     Raises:
-        InputError: if it has no clouds.
+        InputError: if there are none.
     """
     import torch
 
     from pc3d.tasks.classification import cloud_labels
 
     count = data.dataset.size(split)
-    if not count:
-        raise InputError(f"data: has no {split} clouds")
     found, labels = [], []
     for batch in data.evaluated(split, range(count)):
         batch = batch.replace(source=None)
         with torch.no_grad():
             found.append(task(batch.to(task.device)).float().cpu())
         labels.append(cloud_labels(batch))
-    return torch.cat(found).numpy(), torch.cat(labels).numpy()
+    if not any(bool((some >= 0).any()) for some in labels):
+        raise InputError(f"data: has no {split} clouds with a class")
+    known = torch.cat(labels) >= 0
+    return torch.cat(found)[known].numpy(), torch.cat(labels)[known].numpy()

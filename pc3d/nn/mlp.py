@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pc3d.errors import InputError
 from pc3d.nn.adaptable import Adaptable
 
 
@@ -42,6 +43,8 @@ class DropPath(nn.Module):
 
     def __init__(self, p: float) -> None:
         super().__init__()
+        if not 0 <= p <= 1:
+            raise InputError(f"drop_path: {p:g} is no probability")
         self.p = p
 
     def forward(self, feat: Tensor) -> Tensor:

@@ -38,6 +38,13 @@ class Patches:
         return Patches(*(select_patches(values, keep) for values in (self.centres, self.rows, self.feat)))
 
 
+def check_patch_sizes(who: str, patches: int, patch_points: int) -> None:
+    """Raise an InputError that names the option of ``who`` if there would be no patches, or none of their points."""
+    for option, value in (("patches", patches), ("patch_points", patch_points)):
+        if value < 1:
+            raise InputError(f"{who}.{option}: {value} must be at least 1")
+
+
 def select_patches(values: Tensor, keep: Tensor) -> Tensor:
     """``(B, V, ...)`` entries of ``values`` (B, G, ...) where ``keep`` (B, G), V of every cloud, in their order."""
     return values[keep].unflatten(0, (len(values), -1))

@@ -231,7 +231,7 @@ def choose(
     """Modules of the backbone whose name matches a pattern; without patterns those inside blocks.
 
     Raises:
-        InputError: if there are none, or a pattern matches none; names what there is.
+        InputError: if there are none, a pattern matches none (names what there is), or is no regular expression.
     """
     if patterns is None:
         blocks = {
@@ -240,6 +240,7 @@ def choose(
         chosen = [(name, module) for name, module in every if id(module) in blocks]
         what = "inside its blocks; name some with targets"
     else:
+        check_patterns(f"{who}.targets", patterns)
         unused = [p for p in patterns if not any(re.search(p, name) for name, _ in every)]
         chosen = [(name, module) for name, module in every if any(re.search(p, name) for p in patterns)]
         what = f"that '{unused[0]}' matches" if unused else ""
@@ -248,6 +249,21 @@ def choose(
         some = ", ".join(name for name, _ in every[:: max(1, len(every) // 4)][:4]) or "none"
         raise InputError(f"peft: {who} finds no layer in {type(backbone).__name__} {what} (it has: {some})")
     return chosen
+
+
+def check_rate(option: str, value: float) -> None:
+    """Raise an InputError that names the option if a dropout is no probability."""
+    if not 0 <= value <= 1:
+        raise InputError(f"{option}: {value} is no probability")
+
+
+def check_patterns(who: str, patterns: Iterable[str]) -> None:
+    """Raise an InputError that names what is no regular expression."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise InputError(f"{who}: '{pattern}' is no regular expression: {error}") from error
 
 
 def _known(backbone: Backbone, name: str) -> Attached:

@@ -14,7 +14,7 @@ from pc3d.nn.adaptable import Adaptable, BlockAdapter
 from pc3d.nn.backbone import Backbone
 from pc3d.nn.mlp import MLP
 from pc3d.nn.vit import PatchTokens, TransformerBlock
-from pc3d.peft.adaptation import Adaptation, base_modules, choose, places
+from pc3d.peft.adaptation import Adaptation, base_modules, check_rate, choose, places
 from pc3d.voxels import Voxels
 
 
@@ -42,6 +42,7 @@ class Bottleneck(Adaptation):
             raise InputError(f"Bottleneck.rank: {rank} must be at least 1")
         if place not in ("mlp", "block"):
             raise InputError(f"Bottleneck.place: '{place}' must be mlp or block")
+        check_rate("Bottleneck.dropout", dropout)
         self.rank, self.place, self.scale, self.dropout, self.targets = rank, place, scale, dropout, targets
 
     def insert(self, backbone: Backbone, name: str) -> None:

@@ -13,7 +13,7 @@ from pc3d.errors import InputError
 from pc3d.nn.backbone import Backbone
 from pc3d.nn.mlp import MLP
 from pc3d.nn.vit import TransformerBlock
-from pc3d.peft.adaptation import Adaptation
+from pc3d.peft.adaptation import Adaptation, check_rate
 from pc3d.peft.patch_transformer import ChannelAffine, NetworkPart, PatchTransformer, patch_transformer
 from pc3d.points import Points
 
@@ -46,6 +46,7 @@ class DAPT(Adaptation):
     ) -> None:
         if rank < 1:
             raise InputError(f"DAPT.rank: {rank} must be at least 1")
+        check_rate("DAPT.dropout", dropout)
         for option, value in (("prompts", prompts), ("patches", patches)):
             if value not in ("mean", "max", None):
                 raise InputError(f"DAPT.{option}: '{value}' must be mean, max or null")

@@ -10,7 +10,7 @@ from torch import nn
 
 from pc3d.errors import InputError
 from pc3d.nn.backbone import Backbone
-from pc3d.peft.adaptation import Adaptation, places
+from pc3d.peft.adaptation import Adaptation, check_patterns, places
 from pc3d.peft.weights import LowRank, adapt_weight
 from pc3d.sparse import SparseConvolution
 
@@ -41,6 +41,7 @@ class LoRA(Adaptation):
         for value in (rank, *(ranks or {}).values()):
             if value < 1:
                 raise InputError(f"LoRA.rank: {value} must be at least 1")
+        check_patterns("LoRA.ranks", ranks or {})
         if alpha is not None and alpha <= 0:
             raise InputError(f"LoRA.alpha: {alpha} must be positive")
         self.rank, self.alpha, self.targets = rank, alpha, targets

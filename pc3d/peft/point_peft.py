@@ -19,7 +19,7 @@ from pc3d.nn.backbone import Backbone
 from pc3d.nn.patches import sample_centres
 from pc3d.nn.vit import PatchTokens, TransformerBlock
 from pc3d.ops.neighbours import farthest_points, knn
-from pc3d.peft.adaptation import Adaptation, disabled
+from pc3d.peft.adaptation import Adaptation, check_rate, disabled
 from pc3d.peft.bank import FeatureBank, cloud_ids
 from pc3d.peft.patch_transformer import NetworkPart, PatchTransformer, patch_transformer
 from pc3d.peft.selective import BitFit, NormTuning
@@ -75,6 +75,7 @@ class PointPEFT(Adaptation):
         ):
             if value < least:
                 raise InputError(f"PointPEFT.{option}: {value} must be at least {least}")
+        check_rate("PointPEFT.dropout", dropout)
         self.bank_size, self.rank, self.prompts, self.prompt_blocks = bank_size, rank, prompts, prompt_blocks
         self.neighbours, self.dropout, self.exclude_self = neighbours, dropout, exclude_self
         self.half_bank, self.published_neighbours = half_bank, published_neighbours

@@ -23,9 +23,10 @@ from pc3d.errors import InputError
 from pc3d.losses import CrossEntropy, Loss, WeightedLoss
 from pc3d.metrics import SegmentationMetrics
 from pc3d.nn.backbone import Backbone, PointNetwork
-from pc3d.peft import Adaptation, attach, prepare
+from pc3d.peft import Adaptation, attach, attached, prepare
 from pc3d.points import Points
 from pc3d.tasks.checkpoint import CARD, check_card, check_weights, data_entries, make_card
+from pc3d.tasks.heads import LinearHead, SegmentationHead
 from pc3d.tasks.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule, freeze_parameters
 
 ADAMW = OptimizerConfig()
@@ -254,6 +255,23 @@ class ClassTask(PointTask):
                 if data is None:
                     raise InputError("class weights made of the training clouds need a PointDataModule")
                 criterion.weight = criterion.weighting.weights(data.class_counts(criterion.weighting.unit))
+
+    def _fitting_head(self, head: SegmentationHead | None) -> SegmentationHead:
+        """The head that is asked for, or one linear layer.
+
+        Raises:
+            InputError: if it takes other features than the backbone gives, or has other classes.
+        """
+        backbone, classes = type(self.backbone).__name__, len(self.class_names)
+        channels = self.backbone.out_channels
+        if head is None:
+            return LinearHead(channels, classes)
+        if head.in_channels not in (None, channels):
+            adapter = " with its adapter" if attached(self.backbone) else ""
+            raise InputError(f"model.head.in_channels: {head.in_channels}, but {backbone}{adapter} gives {channels}")
+        if head.num_classes not in (None, classes):
+            raise InputError(f"model.head.num_classes: {head.num_classes}, but there are {classes} classes")
+        return head
 
     def _loss(self, logits: Tensor, target: Tensor, stage: str, points: Points) -> Tensor:
         """Sum of the criteria, logged."""

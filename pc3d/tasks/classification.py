@@ -22,7 +22,7 @@ from pc3d.peft import Adaptation
 from pc3d.points import Points
 from pc3d.tasks.augmentations import TestAugmentation, augmentation_passes
 from pc3d.tasks.base import ADAMW, ONECYCLE, ClassTask
-from pc3d.tasks.heads import LinearHead, SegmentationHead
+from pc3d.tasks.heads import SegmentationHead
 from pc3d.tasks.inference import check_cloud
 from pc3d.tasks.optim import OptimizerConfig, ScheduleConfig
 from pc3d.tasks.tables import value_table
@@ -61,7 +61,7 @@ class Classification(ClassTask):
         peft: Adaptation | None = None,
     ) -> None:
         super().__init__(backbone, class_names, criteria, optimizer, schedule, ema_decay, peft)
-        self.head = LinearHead(backbone.out_channels, len(class_names)) if head is None else head
+        self.head = self._fitting_head(head)
         self.augmentations = [] if test_augmentations is None else augmentation_passes(test_augmentations)
         self.vote_metrics = ClassificationMetrics(len(class_names))
         self.freeze_matching(freeze)

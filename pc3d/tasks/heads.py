@@ -23,7 +23,14 @@ from pc3d.voxels import Voxels
 
 
 class SegmentationHead(nn.Module, Configurable, ABC):
-    """``head(features, points)``: ``(N, C)`` features of ``points`` to ``(N, K)`` logits."""
+    """``head(features, points)``: ``(N, C)`` features of ``points`` to ``(N, K)`` logits.
+
+    Attributes:
+        in_channels: C; ``num_classes``: K; a task checks those that are not None.
+    """
+
+    in_channels: int | None = None
+    num_classes: int | None = None
 
     @abstractmethod
     def forward(self, features: Tensor, points: Points) -> Tensor: ...
@@ -34,6 +41,7 @@ class LinearHead(SegmentationHead):
 
     def __init__(self, in_channels: int, num_classes: int) -> None:
         super().__init__()
+        self.in_channels, self.num_classes = in_channels, num_classes
         self.linear = nn.Linear(in_channels, num_classes)
 
     def forward(self, features: Tensor, points: Points) -> Tensor:

@@ -21,7 +21,7 @@ from pc3d.peft import Adaptation
 from pc3d.points import Points
 from pc3d.tasks.augmentations import TestAugmentation, augmentation_passes
 from pc3d.tasks.base import ADAMW, ONECYCLE, ClassTask
-from pc3d.tasks.heads import LinearHead, SegmentationHead
+from pc3d.tasks.heads import SegmentationHead
 from pc3d.tasks.inference import labels_of, original_rows, predict_cloud
 from pc3d.tasks.optim import OptimizerConfig, ScheduleConfig
 from pc3d.tasks.tables import score_table
@@ -76,7 +76,7 @@ class SemanticSegmentation(ClassTask):
         if test_crop is not None and test_crop < 1:
             raise InputError(f"model.test_crop is {test_crop}: it must be at least 1 point, or null")
         super().__init__(backbone, class_names, criteria, optimizer, schedule, ema_decay, peft)
-        self.head = LinearHead(backbone.out_channels, len(class_names)) if head is None else head
+        self.head = self._fitting_head(head)
         self.feature_criteria = nn.ModuleList(feature_criteria or [])
         for criterion in feature_criteria or []:
             criterion.build(backbone.out_channels, len(class_names))

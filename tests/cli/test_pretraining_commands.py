@@ -49,6 +49,15 @@ def test_pretrain_and_fine_tune(method: str, pc3d: Any, tmp_path: Path) -> None:
     if importlib.util.find_spec("sklearn"):
         assert probed.status == 0, probed.err
         assert "test: OA" in probed.out
+        for own, message in (
+            (["--device", "abacus"], "error: --device abacus: not available here"),
+            (["--C", "nan"], "error: --C nan must be positive"),
+        ):
+            refused = pc3d("probe", "--ckpt", checkpoint, "--config", downstream, *own, "--", *SMALL)
+            assert (refused.status, message in refused.err) == (2, True), refused.err
+        one = ["--data.dataset.init_args.train", 1]
+        refused = pc3d("probe", "--ckpt", checkpoint, "--config", downstream, "--", *SMALL, *one)
+        assert "the training clouds are of 1 class; a classifier needs two" in refused.err
     else:
         assert "needs scikit-learn" in probed.err
 

@@ -121,6 +121,8 @@ def test_a_wrong_checkpoint_is_described() -> None:
     [
         ({"in_channels": 2}, "the coordinates come first"),
         ({"stages": (0, 3)}, "must rise within the 3 blocks"),
+        ({"patches": 0}, "PointViT.patches: 0 must be at least 1"),
+        ({"drop_path": 2}, "drop_path: 2 is no probability"),
         ({"num_heads": 5}, "channels 12 do not divide into num_heads 5"),
         ({"decoder": (8, 8)}, "must be four widths"),
         ({"categories": 2}, "only a decoder"),

@@ -324,8 +324,21 @@ def test_what_would_do_nothing_is_refused(method: Adaptation, message: str) -> N
         attach(base, method)
     assert base.state_dict().keys() == state.keys()
     assert torch.equal(features(base), before)
-    with pytest.raises(InputError, match=r"LoRA\.alpha: 0 must be positive"):
-        LoRA(alpha=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LoRA(alpha=0), r"LoRA\.alpha: 0 must be positive"),
+        (lambda: LoRA(ranks={"(": 2}), r"LoRA\.ranks: '\(' is no regular expression: missing \)"),
+        (lambda: attach(network("vit"), BitFit(["["])), r"BitFit\.targets: '\[' is no regular expression"),
+        (lambda: Bottleneck(dropout=2), r"Bottleneck\.dropout: 2 is no probability"),
+        (lambda: DAPT(dropout=-1), r"DAPT\.dropout: -1 is no probability"),
+    ],
+)
+def test_wrong_settings_of_adapters_name_the_option(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make()
 
 
 def test_half_precision_keeps_small_differences() -> None:

@@ -154,6 +154,7 @@ def test_wrong_settings_name_the_option() -> None:
         ({"bank_size": 8}, "PointPEFT.bank_size: 8 must be at least 9"),
         ({"neighbours": 0}, "PointPEFT.neighbours"),
         ({"prompt_blocks": 0}, "PointPEFT.prompt_blocks"),
+        ({"dropout": 1.5}, "PointPEFT.dropout: 1.5"),
     ):
         with pytest.raises(InputError, match=message):
             PointPEFT(**options)

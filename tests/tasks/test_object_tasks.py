@@ -20,7 +20,7 @@ from pc3d.data.pipeline import Pipeline
 from pc3d.data.transforms import FixedPoints, RandomScale, UnitShape
 from pc3d.datasets import SyntheticShapes
 from pc3d.models import PointSSM
-from pc3d.models.heads import FoldingDecoder
+from pc3d.models.heads import FoldingDecoder, MLPHead
 from pc3d.tasks import (
     Classification,
     Completion,
@@ -189,6 +189,16 @@ def test_parts_are_those_of_the_category(tmp_path: Path) -> None:
     for wrong in ({"a": [0, 9]}, {"a": []}, {}):
         with pytest.raises(InputError, match=r"model\.categories"):
             PartSegmentation(TinyBackbone(3), ["x", "y"], wrong)
+
+
+def test_a_head_that_does_not_fit_is_refused() -> None:
+    backbone = TinyBackbone(3)
+    for channels, classes, message in (
+        (backbone.out_channels + 1, 2, r"model\.head\.in_channels: \d+, but TinyBackbone gives \d+"),
+        (backbone.out_channels, 3, r"model\.head\.num_classes: 3, but there are 2 classes"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Classification(backbone, ["x", "y"], MLPHead(channels, classes))
 
 
 def test_completion_learns_in_the_frame_of_its_input(tmp_path: Path) -> None:
