@@ -72,7 +72,8 @@ def main(arguments: list[str]) -> int:
     scores = RobustnessScores(clean, accuracy)
     figures = _figures(scores, options)
     Console().print(_table(scores, figures, f"{options.benchmark}, {count} clouds: accuracy in %"))
-    source = {"files": options.files} if options.files else {"points": options.points, "up": options.up}
+    made = {"points": options.points, "up": options.up, "seed": experiment.datamodule.seed}
+    source = {"files": options.files} if options.files else made
     head = {"checkpoint": str(path), "benchmark": options.benchmark, "clouds": count, **source}
     write_json(out, {**head, **figures, "accuracy": accuracy})
     print(f"figures: {out}")

@@ -77,7 +77,7 @@ def test_clouds_are_prepared_then_corrupted(
     }
     assert figures["clean"] == figures["accuracy"]["add_local"]["4"] == 0.5
     assert figures["mean_error_rate"] == pytest.approx(0.5)
-    assert (figures["points"], figures["up"]) == (100, "z")
+    assert (figures["points"], figures["up"], figures["seed"]) == (100, "z", 0)
     assert "mCE" not in figures
     counts = [cloud.num_points for cloud in shown]
     assert counts == [100] * 12 + [75] * 12 + [25] * 12 + [110] * 12 + [149] * 12  # nothing is sampled afterwards

@@ -281,7 +281,7 @@ def _turns(angles: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _shear(coord: Tensor, strength: float, draw: _Draw) -> _Changed:
-    """Every axis but y takes a share of y, and y shares of both."""
+    """x and z take shares of the other two axes each, y stays."""
     b, d, e, f = (draw.uniform(strength - 0.05, strength + 0.05, 4) * draw.signs(4)).tolist()
     return _fitted(coord @ coord.new_tensor([[1, 0, b], [d, 1, e], [f, 0, 1]]), "box"), _rows(coord)
 
