@@ -63,10 +63,10 @@ def main(arguments: list[str]) -> int:
     if isinstance(task, Reconstruction):
         raise InputError(f"{options.ckpt}: reconstructs surfaces: use pc3d reconstruct")
     refuse_foreign_options(task, options, _parser())
-    streamed = wants_stream(options, [source for source, _ in found], type(task) is SemanticSegmentation)
     table = ClassTable(output, task, options.probabilities) if isinstance(task, Classification) else None
     more = SUFFIXES if isinstance(task, Detection) else (".label",)
     jobs = [(source, output) for source, _ in found] if table else plan_jobs(inputs, output, options.format, more)
+    streamed = wants_stream(options, jobs, type(task) is SemanticSegmentation)
     task.to(choose_device(options.device, torch))
     if streamed:
         for line in stream_files(jobs, task, pipeline, card, options):
@@ -174,11 +174,12 @@ def find_inputs(inputs: Sequence[Path]) -> list[tuple[Path, Path]]:
         InputError: for a missing file, or a folder without clouds.
     """
     from pc3d.io import READABLE, can_read
+    from pc3d.io.atomic import visible_files
 
     found: list[tuple[Path, Path]] = []
     for path in inputs:
         if path.is_dir():
-            below = sorted(p for p in path.rglob("*") if p.is_file() and can_read(p) and not p.name.startswith("."))
+            below = sorted(p for p in visible_files(path) if can_read(p))
             if not below:
                 raise InputError(f"{path}: no readable point cloud in it (suffixes: {' '.join(READABLE)})")
             found += [(file, file.relative_to(path)) for file in below]

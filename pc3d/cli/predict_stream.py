@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
@@ -15,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 from pc3d.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
+
     from pc3d.cli.parser import Parser
     from pc3d.io import LasIndex
     from pc3d.points import Points
-    from pc3d.tasks.streaming import Predict, ScanPoints
+    from pc3d.tasks.streaming import Predict
 
 _SUFFIXES = (".las", ".laz")
 _TARGETS = (".las", ".laz", ".npy")
@@ -29,6 +32,7 @@ _PROBE = 20_000
 _CACHE_SHARE, _MODEL_SHARE = 0.2, 0.5
 _FEWEST_POINTS, _MOST_POINTS = 5_000, 5_000_000
 _LEAST_FREE = 64e6
+_CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def add_options(parser: Parser) -> None:
@@ -46,38 +50,49 @@ def add_options(parser: Parser) -> None:
     group.add_argument("--label_field", metavar="NAME", help="field for the labels; default classification")
 
 
-def wants_stream(options: argparse.Namespace, sources: Sequence[Path], plain_task: bool) -> bool:
+def wants_stream(options: argparse.Namespace, jobs: Sequence[tuple[Path, Path]], plain_task: bool) -> bool:
     """Whether to stream: asked for, or needed and possible.
+
+    Args:
+        jobs: pairs of source and target.
+        plain_task: the model segments points into classes, and nothing else.
 
     Raises:
         InputError: if it is asked for and not possible, or one of its options is given without it.
     """
-    las = all(source.suffix.lower() in _SUFFIXES for source in sources)
-    targets_fit = options.format is None or "." + options.format.lower().lstrip(".") in _TARGETS
+    sources = [source for source, _ in jobs]
+    odd_source = next((source for source in sources if source.suffix.lower() not in _SUFFIXES), None)
+    odd_target = next((target for _, target in jobs if target.suffix.lower() not in _TARGETS), None)
     if options.stream:
         if not plain_task:
             raise InputError("--stream: is for models that segment points into classes")
-        if not las:
-            odd = next(source for source in sources if source.suffix.lower() not in _SUFFIXES)
-            raise InputError(f"--stream: {odd} is no LAS or LAZ file: pc3d export turns it into one")
+        if odd_source is not None:
+            raise InputError(f"--stream: {odd_source} is no LAS or LAZ file: pc3d export turns it into one")
+        if odd_target is not None:
+            raise InputError(f"{odd_target}: --stream writes .las, .laz or .npy")
+    memory, possible = memory_budget(options.memory), plain_task and odd_source is None and odd_target is None
+    if options.memory is not None and not possible:
+        raise InputError("--memory: is for LAS and LAZ files whose points a model segments into classes")
+    if options.stream or (possible and _too_large(sources, memory)):
         if options.columns is not None:
             raise InputError("--columns: LAS and LAZ files name their fields themselves")
-        if not targets_fit:
-            raise InputError(f"--stream: --format {options.format} cannot be streamed (las, laz or npy)")
+        if options.label_field is not None and jobs[0][1].suffix.lower() == ".npy":
+            raise InputError("--label_field: is for LAS and LAZ; arrays have their labels in 'label'")
         return True
-    memory = memory_budget(options.memory)
-    single = Path(options.output).suffix.lower() in ("", *_TARGETS)
-    if las and plain_task and targets_fit and single:
-        largest = max(sources, key=_num_points)
-        count = _num_points(largest)
-        if count * _BYTES_IN_MEMORY > memory:
-            print(f"{largest}: {count:,} points are labelled tile by tile (--memory {memory / 1e9:.1f}GB)")
-            return True
     given = {"--halo": options.halo, "--blend": options.blend or None, "--label_field": options.label_field}
     for name, value in given.items():
         if value is not None:
             raise InputError(f"{name}: is for --stream")
     return False
+
+
+def _too_large(sources: Sequence[Path], memory: int) -> bool:
+    largest = max(sources, key=_num_points)
+    count = _num_points(largest)
+    if count * _BYTES_IN_MEMORY <= memory:
+        return False
+    print(f"{largest}: {count:,} points are labelled tile by tile (--memory {memory / 1e9:.1f}GB)")
+    return True
 
 
 def _num_points(path: Path) -> int:
@@ -91,13 +106,13 @@ def _num_points(path: Path) -> int:
 
 
 def memory_budget(text: str | None) -> int:
-    """Bytes of ``"4GB"``, ``"500 MB"``, ``"2e9"``; half of the machine's without a text.
+    """Bytes of ``"4GB"``, ``"500 MB"``, ``"2e9"``; half of the machine's or container's without a text.
 
     Raises:
         InputError: if it is no size.
     """
     if text is None:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if hasattr(os, "sysconf") else 2**32
+        return _machine_memory() // 2
     found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?)i?b?\s*", text.lower())
     try:
         value = float(found[1]) * _UNITS[found[2]] if found else 0.0
@@ -108,21 +123,27 @@ def memory_budget(text: str | None) -> int:
     return int(value)
 
 
+def _machine_memory() -> int:
+    """Bytes of the machine, or of the container the program runs in if that has less."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**33
+    for name in _CONTAINER_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # no such limit, or "max"
+            total = min(total, int(Path(name).read_text()))
+    return total
+
+
 def stream_files(
     jobs: Sequence[tuple[Path, Path]], task: Any, pipeline: Any, card: Any, options: argparse.Namespace
 ) -> list[str]:
     """Label files together, tile by tile; a line about each of them.
 
     Raises:
-        InputError: if a target is of another format, the memory is too small, or a file is damaged.
+        InputError: if the memory is too small, or a file is damaged.
     """
     from pc3d.data.tile_plan import TilePlan
     from pc3d.io import LasIndex
-    from pc3d.tasks.streaming import ScanPoints, StreamingPredictor, read_identity
+    from pc3d.tasks.streaming import StreamingPredictor, read_identity
 
-    for _, target in jobs:
-        if target.suffix.lower() not in _TARGETS:
-            raise InputError(f"{target}: --stream writes .las, .laz or .npy")
     index = LasIndex.open([source for source, _ in jobs])
     if index.num_points == 0:
         raise InputError(f"{index.files[0].path}: holds no points")
@@ -130,9 +151,9 @@ def stream_files(
     folder = _work_folder(jobs, Path(options.output))
     identity = _identity(index, jobs, task, options)
     before = read_identity(folder) or {}
-    budget, points = Budget(memory_budget(options.memory)), ScanPoints(index)
+    budget = Budget(memory_budget(options.memory))
     resumed = {key: value for key, value in before.items() if key != "plan"} == identity
-    plan = before["plan"] if resumed else _tiles(index, points, predict, task, pipeline, options, budget)
+    plan = before["plan"] if resumed else _tiles(index, predict, task, pipeline, options, budget)
     if resumed:
         print(f"going on with the run in {folder}")
     started = time.perf_counter()
@@ -189,12 +210,10 @@ def _output(index: LasIndex, targets: list[Path], card: Any, options: argparse.N
     classes[-1] = -1
     codes = label_codes(classes, card["label_map"]).numpy()
     names = probability_names(card["class_names"]) if options.probabilities else []
-    kinds = {target.suffix.lower() == ".npy" for target in targets}
-    if len(kinds) > 1:
-        raise InputError("--stream: write either .npy or LAS files, set --format")
-    if kinds == {True}:
+    if targets[0].suffix.lower() == ".npy":
         return ArrayOutput(index, targets, codes, names)
-    return LasOutput(index, targets, codes.clip(min=0), options.label_field or "classification", names)
+    field = "classification" if options.label_field is None else options.label_field
+    return LasOutput(index, targets, codes.clip(min=0), field, names)
 
 
 def _work_folder(jobs: Sequence[tuple[Path, Path]], output: Path) -> Path:
@@ -280,7 +299,6 @@ class Budget:
 
 def _tiles(
     index: LasIndex,
-    points: ScanPoints,
     predict: Predict,
     task: Any,
     pipeline: Any,
@@ -294,8 +312,9 @@ def _tiles(
     if halo is None:  # two cells of the coarsest stage: what it sees of its neighbours
         stride = max((info.stride for info in task.backbone.feature_info), default=1)
         halo = max(2.0 * stride * (pipeline.grid_size or 0.5), 1.0)
-    each = max(point_memory(index, points, predict), _SMALLEST_BYTES)
-    max_points = int(np.clip(budget.model / each, _FEWEST_POINTS, _MOST_POINTS))
+    each = max(point_memory(index, predict), _SMALLEST_BYTES)
+    most = min(budget.model / each, _device_points(index, predict, task.device))
+    max_points = int(np.clip(most, _FEWEST_POINTS, _MOST_POINTS))
     side = options.tile
     if side is None:
         area = float(np.maximum(index.boxes[:, 3:5] - index.boxes[:, :2], 1.0).prod(1).sum())
@@ -304,25 +323,47 @@ def _tiles(
     return {"side": side, "halo": halo, "max_points": max_points}
 
 
-def point_memory(index: LasIndex, points: ScanPoints, predict: Predict) -> float:
+def point_memory(index: LasIndex, predict: Predict) -> float:
     """Bytes that a point takes while it is predicted, tried on some neighbours in the middle of the scan."""
     import gc
 
-    import numpy as np
     import torch
 
+    cloud = _probe(index)
+    gc.collect()  # or it may set memory free in the middle of the measurement
+    before = own_memory()
+    peak = _peak_while(lambda: predict(cloud, torch.Generator().manual_seed(0)))
+    return (peak - before) / cloud.num_points
+
+
+def _device_points(index: LasIndex, predict: Predict, device: torch.device) -> float:
+    """Points that a model may be given on its device, tried on the same neighbours; infinity on the CPU."""
+    import torch
+
+    if device.type != "cuda":
+        return float("inf")
+    cloud = _probe(index)
+    torch.cuda.empty_cache()
+    free, before = torch.cuda.mem_get_info(device)[0], torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    predict(cloud, torch.Generator().manual_seed(0))
+    taken = torch.cuda.max_memory_allocated(device) - before
+    return _MODEL_SHARE * free / max(taken / cloud.num_points, 1)
+
+
+def _probe(index: LasIndex) -> Points:
+    """Some neighbours in the middle of the scan."""
+    import numpy as np
+
     from pc3d.io.las_header import coordinates
+    from pc3d.tasks.streaming import ScanPoints
 
     number = len(index.file) // 2
     file = int(index.file[number])
     records = index.records(number)
     xy = coordinates(index.files[file].header, records)[:, :2]
     near = np.sort(np.argsort(np.abs(xy - xy[len(xy) // 2]).max(1), kind="stable")[:_PROBE])
-    cloud = points.cloud([(file, records[near])], "a probe", xy.min(0))
-    gc.collect()  # or it may set memory free in the middle of the measurement
-    before = own_memory()
-    peak = _peak_while(lambda: predict(cloud, torch.Generator().manual_seed(0)))
-    return (peak - before) / len(near)
+    return ScanPoints(index).cloud([(file, records[near])], "a probe", xy.min(0))
 
 
 def _peak_while(call: Callable[[], Any]) -> int:

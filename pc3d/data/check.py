@@ -19,6 +19,7 @@ from torch import Tensor
 from pc3d.data.dataset import IGNORE, LabelMap, integer_codes, parse_label_map
 from pc3d.errors import InputError
 from pc3d.io import READABLE, can_read, read
+from pc3d.io.atomic import visible_files
 from pc3d.points import Points
 
 LABEL_FIELDS = (
@@ -199,9 +200,7 @@ def _clouds(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise InputError(f"{path}: no such file or folder")
-    files = sorted(
-        file for file in path.rglob("*") if file.is_file() and can_read(file) and not file.name.startswith(".")
-    )
+    files = sorted(file for file in visible_files(path) if can_read(file))
     if not files:
         raise InputError(f"{path}: no readable point cloud in it or below it (suffixes: {' '.join(READABLE)})")
     return files

@@ -34,3 +34,10 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def visible_files(folder: Path) -> Iterator[Path]:
+    """The files below a folder, without hidden ones and those in hidden folders: what is still being written."""
+    for path in folder.rglob("*"):
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts) and path.is_file():
+            yield path

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pc3d.errors import InputError
+from pc3d.io.atomic import visible_files
 from pc3d.io.copc import Octree, read_octree
 from pc3d.io.las_header import ByteReader, coordinates, read_header
 from pc3d.io.laz_chunks import Chunks, decompress, find_chunks, laz_record
@@ -141,7 +142,7 @@ class LasIndex:
         found: list[Path] = []
         for name in map(Path, names):
             if name.is_dir():
-                found += sorted(path for path in name.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+                found += sorted(path for path in visible_files(name) if path.suffix.lower() in SUFFIXES)
             else:
                 found.append(name)
         if not found:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pc3d.errors import InputError
 from pc3d.io.atomic import atomic_write
 from pc3d.io.chunk_cache import Records
 from pc3d.io.las_header import LasHeader
@@ -31,6 +32,9 @@ class LasOutput:
         label_field: field that gets the codes. A file that has no such field, or one too small for the codes, gets a
             new one of extra bytes.
         probability_fields: names of the fields of all classes; empty for none.
+
+    Raises:
+        InputError: for a label field that has the name of another one.
     """
 
     def __init__(
@@ -43,6 +47,9 @@ class LasOutput:
     ) -> None:
         self._index, self._codes = index, codes
         self._probabilities = list(probability_fields)
+        taken = [*"xyz", *self._columns()]
+        if not label_field or label_field.lower() in taken:
+            raise InputError(f"label_field '{label_field}': give a name that is not taken ({', '.join(taken)})")
         self._files = [
             _LasTarget(file, target, self._columns(), label_field, int(codes.max()))
             for file, target in zip(index.files, targets, strict=True)

@@ -90,13 +90,16 @@ def test_too_large_for_the_memory(pc3d, model: Path, folder: Path, monkeypatch: 
     assert outcome.status == 0, outcome.err
     assert "3,600 points are labelled tile by tile (--memory 5.0GB)" in outcome.out
     assert "tiles of up to 45 m" in outcome.out
+    outcome = pc3d("predict", folder, "--ckpt", model, "-o", "labelled.v1", "--tile", 45, "--memory", "5GB")
+    assert "tiles of up to 45 m" in outcome.out
     outcome = pc3d(*words, "9GB")
     assert "tiles of up to" not in outcome.out
 
 
 def test_interrupted_and_repeated(pc3d, model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ("predict", folder, "--ckpt", model, "--stream", "--tile", 25, "--halo", 3, "-o")
-    assert pc3d(*words, "whole").status == 0
+    words = ("predict", ".", "--ckpt", model, "--stream", "--tile", 25, "--halo", 3, "-o")
+    monkeypatch.chdir(folder)  # the run that was interrupted is no input of the one that goes on
+    assert pc3d(*words, "../whole").status == 0
     store = StreamingPredictor._store
 
     def stopped(self, tile, parts):
@@ -118,7 +121,7 @@ def test_interrupted_and_repeated(pc3d, model: Path, folder: Path, monkeypatch: 
     assert "going on with the run in out/.stream" in outcome.out
     assert not Path("out/.stream").exists()
     for name in ("0.laz", "1.laz"):
-        assert Path("out", name).read_bytes() == Path("whole", name).read_bytes()
+        assert Path("out", name).read_bytes() == Path("../whole", name).read_bytes()
 
 
 @pytest.mark.slow
@@ -151,11 +154,16 @@ def test_wrong_use(pc3d, model: Path, folder: Path, cloud: Path, tmp_path: Path)
     scan = folder / "0.laz"
     for words, message in [
         ((cloud, "--ckpt", model, "-o", "a.laz", "--stream"), "cloud.ply is no LAS or LAZ file"),
-        ((scan, "--ckpt", model, "-o", "a.laz", "--stream", "--format", "ply"), "--format ply cannot be streamed"),
+        ((scan, "--ckpt", model, "-o", "a.laz", "--stream", "--format", "ply"), "a.ply: --stream writes"),
         ((scan, "--ckpt", model, "-o", "a.ply", "--stream"), "--stream writes .las, .laz or .npy"),
         ((scan, "--ckpt", model, "-o", "a.laz", "--halo", 0), "--halo: is for --stream"),
         ((scan, "--ckpt", model, "-o", "a.laz", "--blend"), "--blend: is for --stream"),
         ((scan, "--ckpt", model, "-o", "a.laz", "--stream", "--columns", "x,y,z"), "--columns: LAS and LAZ"),
+        ((scan, "--ckpt", model, "-o", "a.npy", "--stream", "--label_field", "a"), "--label_field: is for LAS"),
+        ((scan, "--ckpt", model, "-o", "a.laz", "--stream", "--label_field", ""), "label_field ''"),
+        ((scan, "--ckpt", model, "-o", "a.laz", "--stream", "--label_field", "X"), "label_field 'X'"),
+        ((scan, "--ckpt", model, "-o", "a.laz", "--stream", "--label_field", "confidence"), "(x, y, z, confidence)"),
+        ((cloud, "--ckpt", model, "-o", "a.ply", "--memory", "4GB"), "--memory: is for LAS and LAZ"),
         ((scan, "--ckpt", model, "-o", "a.laz", "--stream", "--memory", "much"), "--memory much: give a size"),
         ((scan, "--ckpt", model, "-o", "a.laz", "--stream", "--memory", "20MB"), "--memory 20MB: the program"),
         ((scan, "--ckpt", model, "-o", "a.laz", "--stream", "--tile", 0), "tiles of 0.0 m"),
@@ -180,20 +188,28 @@ def test_sizes(text: str, size: float) -> None:
     assert memory_budget(None) > 1e8
 
 
+def test_memory_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = memory_budget(None)
+    files = [tmp_path / name for name in ("limit", "none", "missing")]
+    monkeypatch.setattr("pc3d.cli.predict_stream._CONTAINER_LIMITS", tuple(map(str, files)))
+    files[1].write_text("max\n")
+    assert memory_budget(None) >= whole
+    files[0].write_text("400000000\n")
+    assert memory_budget(None) == 2e8
+
+
+# The pause lets the thread that measures have its turn on a machine with much else to do.
 _PROBE = """
-import sys, torch
+import sys, time, torch
 from pc3d.cli.predict_stream import point_memory
 from pc3d.io import LasIndex
-from pc3d.tasks.streaming import ScanPoints
 
 def predict(cloud, generator):
     held = torch.ones(cloud.num_points, 50_000)
-    for _ in range(3):
-        held += 1
-    return held[:, :2]
+    time.sleep(0.5)
+    return held[:, :2].clone()
 
-index = LasIndex.open(sys.argv[1])
-print(point_memory(index, ScanPoints(index), predict))
+print(point_memory(LasIndex.open(sys.argv[1]), predict))
 """
 
 

@@ -218,6 +218,9 @@ def test_folder(tmp_path: Path) -> None:
     write_aerial(tmp_path / "b.laz", (50, 0), 50, 1, 6, chunk_size=1000)
     write_aerial(tmp_path / "below/a.LAS", (0, 0), 50, 1, 3)
     (tmp_path / "notes.txt").write_text("no scan")
+    (tmp_path / ".work").mkdir()
+    for name in (".b.0a1b2c3d.tmp.laz", ".work/0.laz"):
+        (tmp_path / name).write_text("not written to its end")
     index = LasIndex.open(tmp_path)
     assert [file.path.name for file in index.files] == ["b.laz", "a.LAS"]
     assert index.file.tolist() == [0, 0, 0, 1]
