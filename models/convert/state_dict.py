@@ -63,7 +63,7 @@ def convert_state_dict(
             stored[name] = value[0]
     if problems := misfits(shapes, stored):
         raise InputError(
-            f"checkpoint: does not fit this {type(module).__name__}: {'; '.join(problems)}; "
+            f"checkpoint: does not fit this {_kind(module)}: {'; '.join(problems)}; "
             "set rename, or build the network with the settings of the checkpoint"
         )
     return {
@@ -93,10 +93,12 @@ def load_with_head(
     heads = [(pattern, name) if head is not None else (f"{pattern}.*", "") for pattern, name in rename_head]
     names = [(r"^backbone\.", ""), *rename, *heads, (r"^(?=.)(?!head\.)", "network.")]
     pair = joined(network=network, head=head)
-    try:
-        pair.load_state_dict(convert_state_dict(checkpoint, pair, layout, names))
-    except InputError as error:
-        raise InputError(str(error).replace("ModuleDict", type(network).__name__)) from None
+    pair.load_state_dict(convert_state_dict(checkpoint, pair, layout, names))
+
+
+def _kind(module: nn.Module) -> str:
+    """Class of a network; of joined ones, the first."""
+    return type(next(module.children()) if isinstance(module, nn.ModuleDict) else module).__name__
 
 
 def joined(**parts: nn.Module | None) -> nn.ModuleDict:

@@ -187,6 +187,12 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> dict[str, Any]:
             checkpoint = {**checkpoint, "state_dict": checkpoint[other]}
     if "state_dict" not in checkpoint:
         raise InputError(f"{path}: has no 'state_dict' (it has: {', '.join(map(str, list(checkpoint)[:8]))})")
+    state = checkpoint["state_dict"]
+    if not isinstance(state, dict):
+        raise InputError(f"{path}: its 'state_dict' is a {type(state).__name__}, not weights by name")
+    odd = next((name for name, value in state.items() if not isinstance(value, Tensor)), None)
+    if odd is not None:
+        raise InputError(f"{path}: '{odd}' among its weights is a {type(state[odd]).__name__}, not a tensor")
     return checkpoint
 
 

@@ -178,7 +178,7 @@ def test_published_names_of_second(layout):
     torch.testing.assert_close(other_head(other.eval()(batch)), head(network.eval()(batch)))
     assert import_openpcdet(state, small_second()) is layout
     del state["backbone_3d.conv4.2.1.bias"]
-    with pytest.raises(InputError, match="1 missing"):
+    with pytest.raises(InputError, match="does not fit this SECOND: 1 missing"):
         import_openpcdet(state, other, other_head)
 
 

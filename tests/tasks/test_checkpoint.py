@@ -158,6 +158,8 @@ def test_files_that_are_no_checkpoints(run: tuple[SemanticSegmentation, Path], t
 
     refused("list.ckpt", saved([1, 2]), "holds a list")
     refused("empty.ckpt", saved({"epoch": 3}), r"has no 'state_dict' \(it has: epoch\)")
+    refused("rows.ckpt", saved({"state_dict": [1]}), "its 'state_dict' is a list")
+    refused("number.ckpt", saved({"model_state": {"epoch": 3}}), "'epoch' among its weights is a int")
     refused("bare.ckpt", saved({"weight": torch.zeros(2)}), "has no pc3d card")
     checkpoint = read_checkpoint(run[1])
     refused("newer.ckpt", saved({**checkpoint, CARD: {**checkpoint[CARD], "format": 99}}), "card format 99")
