@@ -267,11 +267,56 @@ class VoxelPool(nn.Module):
         """
         setting = self.setting
         rows = voxel_query(voxels.coord, center, cells, places, setting.reach, setting.radius, setting.samples)
-        feat = self.enter(voxels.feat)
-        feat = torch.cat([feat, feat.new_zeros(1, setting.channels)])  # what there is where no voxel is: row -1
-        way = torch.cat([center, center.new_zeros(1, 3)])[rows] - places[:, None]
-        way = self.way(torch.where(rows[..., None] >= 0, way, 0.0).flatten(0, 1))
-        return self.leave(self.activation(feat[rows] + way.view(*rows.shape, -1)).amax(1))
+        # A row more, for where no voxel is.
+        feat = F.pad(self.enter(voxels.feat), (0, 0, 0, 1))
+        center = F.pad(center, (0, 0, 0, 1))
+        way = torch.where(rows[..., None] >= 0, center[rows] - places[:, None], 0.0)
+        norm = self.way[1]
+        if isinstance(norm, nn.SyncBatchNorm):
+            largest = (feat[rows] + self.way(way.flatten(0, 1)).view(*rows.shape, -1)).amax(1)
+        else:
+            weight, bias = self._affine(way)
+            largest = self._largest(feat, center, weight, rows, places) + bias
+        return self.leave(self.activation(largest))
+
+    def _affine(self, way: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer of ways and its norm as one, ``(C, 3)`` and ``(C,)``: moments of ways give those of the layer."""
+        layer, norm = self.way
+        assert isinstance(layer, nn.Linear)
+        assert isinstance(norm, nn.BatchNorm1d)
+        mean, variance = norm.running_mean, norm.running_var
+        assert mean is not None
+        assert variance is not None
+        if self.training:
+            ways, weight = way.flatten(0, 1).double(), layer.weight.double()
+            middle = ways.mean(0)
+            spread = (ways - middle).T @ (ways - middle) / len(ways)
+            batch_mean, batch_variance = weight @ middle, ((weight @ spread) * weight).sum(1)
+            with torch.no_grad():
+                rate, unbiased = norm.momentum or 0.0, len(ways) / max(len(ways) - 1, 1)
+                mean.lerp_(batch_mean.to(mean), rate)
+                variance.lerp_((batch_variance * unbiased).to(variance), rate)
+                if norm.num_batches_tracked is not None:
+                    norm.num_batches_tracked.add_(1)
+            mean, variance = batch_mean.to(layer.weight), batch_variance.to(layer.weight)
+        scale = norm.weight * (variance + norm.eps).rsqrt()
+        return layer.weight * scale[:, None], norm.bias - mean * scale
+
+    def _largest(self, feat: Tensor, center: Tensor, weight: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        """``(Q, C)`` largest of ``feat + weight (center - place)`` over the rows of a place, 0 where there is none.
+
+        The place is the same for all rows, so one table of the voxels tells which is the largest.
+        """
+        with torch.no_grad():
+            table = feat + center @ weight.T
+            largest, best = table[rows[:, 0]], rows[:, :1].expand(-1, feat.shape[1])
+            for row in rows[:, 1:].unbind(1):
+                rival = table[row]
+                best = torch.where(rival > largest, row[:, None], best)
+                largest = torch.maximum(rival, largest)
+        columns = torch.arange(feat.shape[1], device=feat.device)
+        moved = ((center[best] - places[:, None]) * weight).sum(2)
+        return torch.where(best >= 0, feat[best, columns] + moved, 0.0)
 
 
 def _layer(linear: nn.Linear, neuron: NeuronFactory | None) -> list[nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -20,6 +21,7 @@ from pc3d.nn.backbone import FeatureInfo
 from pc3d.nn.bev import BevGrid
 from pc3d.nn.spiking import SpikingNeuron
 from pc3d.ops.boxes import box_iou, box_iou_table, encode_boxes
+from pc3d.ops.voxel_query import voxel_query
 from pc3d.points import Points
 from pc3d.sparse import SparseConvolution
 from pc3d.tasks import Detection
@@ -123,6 +125,32 @@ def test_pooling_as_published(spikes: int | None) -> None:
     torch.testing.assert_close(pool(nowhere, center[:0], cells, places), expected[-1].expand(12, -1))
 
 
+def test_training_of_the_pool_equals_the_layers_it_is_made_of() -> None:
+    torch.manual_seed(0)
+    pool = VoxelPool(3, PooledLevel("level", 1.2, 6, 5, 2), None)
+    nn.init.uniform_(pool.way[1].weight, -2, 2)
+    nn.init.normal_(pool.way[1].bias)
+    plain = copy.deepcopy(pool)
+    coord = torch.cartesian_prod(torch.arange(2), torch.arange(5), torch.arange(5), torch.arange(4)).int()
+    coord = coord[torch.randperm(len(coord))[:150]]
+    voxels, center = Voxels(coord, torch.randn(150, 3), 2), coord[:, 1:] + 0.5
+    places = torch.rand(60, 3) * torch.tensor([5, 5, 4])
+    places[-3:] += 50
+    cells = torch.cat([torch.arange(60)[:, None] % 2, places.floor().long()], 1).int()
+    rows = voxel_query(coord, center, cells, places, 2, 1.2, 5)
+    way = torch.where(rows[..., None] >= 0, center[rows] - places[:, None], 0.0)
+    known = torch.where(rows[..., None] >= 0, plain.enter(voxels.feat)[rows], 0.0)
+    expected = plain.leave((known + plain.way(way.flatten(0, 1)).view(60, 5, 6)).relu().amax(1))
+    found = pool(voxels, center, cells, places)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    factors = torch.randn_like(found)
+    (found * factors).sum().backward()
+    (expected * factors).sum().backward()
+    for (name, own), other in zip(pool.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, other.grad, atol=1e-4, rtol=1e-4, msg=name)
+    torch.testing.assert_close(dict(pool.named_buffers()), dict(plain.named_buffers()))
+
+
 def test_samples() -> None:
     head = VoxelRCNNHead(samples=10)
     truth = Boxes(boxes(2), torch.tensor([0, 1]))
@@ -194,10 +222,10 @@ def test_a_task_learns_and_finds(make, spikes: int | None) -> None:
         alone = model(points[0])[0]
     assert [len(own) > 0 for own in together] == [True, True]
     torch.testing.assert_close(together[0].boxes, alone.boxes, atol=1e-3, rtol=1e-3)
-    copy = instantiate(model.refine.to_config())
-    copy.build(GRID, model.backbone.feature_info)
-    copy.load_state_dict(model.refine.state_dict())
-    assert copy.to_config() == model.refine.to_config()
+    again = instantiate(model.refine.to_config())
+    again.build(GRID, model.backbone.feature_info)
+    again.load_state_dict(model.refine.state_dict())
+    assert again.to_config() == model.refine.to_config()
 
 
 def test_nothing_to_refine() -> None:
