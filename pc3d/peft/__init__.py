@@ -15,6 +15,7 @@ from pc3d.peft.adaptation import (
 from pc3d.peft.blocks import Bottleneck, Combined, Prompts
 from pc3d.peft.dapt import DAPT
 from pc3d.peft.files import base_state, fingerprint, load_adapter, save_adapter
+from pc3d.peft.huggingface import export_lora, import_lora
 from pc3d.peft.idpt import IDPT, IDPTSegmentation
 from pc3d.peft.lora import LoRA
 from pc3d.peft.point_peft import PointPEFT
@@ -43,7 +44,9 @@ __all__ = [
     "count_parameters",
     "detach",
     "disabled",
+    "export_lora",
     "fingerprint",
+    "import_lora",
     "load_adapter",
     "merge",
     "prepare",
