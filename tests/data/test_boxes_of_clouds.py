@@ -9,7 +9,7 @@ import torch
 
 from pc3d import InputError
 from pc3d.data import transforms as T
-from pc3d.data.boxes import box_tensor, labelled_boxes, mirror_boxes, turn_boxes
+from pc3d.data.boxes import box_tensor, labelled_boxes, mirror_boxes, scale_boxes, turn_boxes
 from pc3d.ops.boxes import box_corners, points_in_boxes
 from pc3d.points import Points
 
@@ -90,6 +90,8 @@ def test_velocities_turn_and_mirror_too() -> None:
     assert turned[6] == pytest.approx(0.4 + math.pi / 2)
     mirrored = box_tensor(mirror_boxes(fast, 0).meta[0])[0]
     assert mirrored[7:].tolist() == [-3, 1]
+    scaled = box_tensor(scale_boxes(fast, 2.0).meta[0])[0]
+    assert scaled.tolist() == [20, -6, -2, 8, 3.6, 3, 0.4, 6, 2]
 
 
 def test_classes_of_boxes() -> None:

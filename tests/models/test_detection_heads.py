@@ -13,7 +13,7 @@ from pc3d.errors import InputError
 from pc3d.losses.detection import center_focal, sigmoid_focal, upright_diou
 from pc3d.models.heads import Anchor, AnchorHead, CenterHead
 from pc3d.models.heads.anchor_head import AnchorOutput, match_anchors
-from pc3d.models.heads.center_head import draw_peaks, peak_radius
+from pc3d.models.heads.center_head import _top, draw_peaks, peak_radius
 from pc3d.nn.bev import BevGrid
 from pc3d.ops.boxes import wrap_angle
 
@@ -129,6 +129,58 @@ def test_anchor_head_starts_as_published() -> None:
     assert set(head.state_dict()) == {f"conv_{n}.{p}" for n in ("cls", "box", "dir_cls") for p in ("weight", "bias")}
 
 
+def test_anchor_detections_keep_to_their_limits() -> None:
+    head = anchor_head(score_threshold=0.5)
+    logits, rows = torch.full((1, len(head.anchors), 3), -9.0), torch.tensor([0, 800, 1599]) * 6
+    logits[0, rows, 0] = torch.tensor([1.0, 0.0, 2.0])  # far apart; the second is as likely as it must be
+    residuals, directions = torch.zeros(1, len(head.anchors), 7), torch.zeros(1, len(head.anchors), 2)
+    output = AnchorOutput(logits, residuals, directions)
+    places = lambda: head.detections(output)[0].boxes[:, :2].tolist()  # noqa: E731
+    best_first = head.anchors[rows[[2, 0, 1]], :2].tolist()
+    assert places() == best_first
+    head.nms_candidates = 2
+    assert places() == best_first[:2]
+    head.max_boxes = 1
+    assert places() == best_first[:1]
+
+
+def test_center_detections_by_hand() -> None:
+    head = center_head(iou=True, iou_powers=[0.5, 0.5, 0.25], score_threshold=0.5, nms_threshold=0.1)
+    maps = {name: torch.zeros(1, width, 40, 40) for name, width in head._widths(3).items()}
+    maps["hm"] -= 9
+    maps["rot"][:, 0] = 1
+    maps["hm"][0, 0, 10, 10] = 0  # as likely as the threshold, which is not enough
+    maps["hm"][0, 1, 20, 20] = maps["hm"][0, 2, 30, 30] = 2
+    maps["iou"][0, 0, 20, 20], maps["iou"][0, 0, 30, 30] = 0.28, -0.5
+    maps["center_z"][0, 0, 30, 30] = 10.9  # up to 10 m above the grid
+    (found,) = head.detections([maps])
+    likely = 1 / (1 + math.exp(-2))
+    assert found.labels.tolist() == [1, 2]
+    assert found.scores is not None
+    assert found.scores.tolist() == pytest.approx([(likely * 0.64) ** 0.5, likely**0.75 * 0.25**0.25])
+    assert found.boxes[0].tolist() == pytest.approx([8, 0, 0, 1, 1, 1, 0])
+    for option in ("max_boxes", "nms_candidates"):
+        setattr(head, option, 1)
+        assert head.detections([maps])[0].labels.tolist() == [1]
+        head.nms_threshold = [0.1, 0.1, 0.1]
+        assert head.detections([maps])[0].labels.tolist() == [1, 2]  # per class
+        head.nms_threshold, head.max_boxes = 0.1, 9
+    head.nms_candidates = 9
+    maps["center_z"][0, 0, 30, 30] = 11.1
+    assert head.detections([maps])[0].labels.tolist() == [1]
+    values, places = _top(torch.tensor([0.1, 0.5, 0.3, 0.3, 0, 0, 0, 0, 0]), 2)
+    assert (values.tolist(), places.tolist()) == (pytest.approx([0.5, 0.3]), [1, 2])
+
+
+def test_center_head_starts_as_published() -> None:
+    branches = center_head(velocity=True).heads_list[0]
+    for name in branches.names:
+        first, last = (branches.get_submodule(f"{name}.{layer}") for layer in ("0.0", "1"))
+        assert torch.equal(last.bias, torch.full_like(last.bias, -2.19 if name == "hm" else 0.0))
+        fan_in = 8 * 9  # torch's own start for heat maps, Kaiming's for all others
+        assert first.weight.std().item() == pytest.approx((fan_in * (3 if name == "hm" else 0.5)) ** -0.5, rel=0.15)
+
+
 def test_center_targets_decode_to_the_boxes() -> None:
     head = center_head(iou=True)
     height, width = GRID.bev_shape(2)
@@ -186,6 +238,8 @@ def test_velocities_are_learned_where_they_are_known() -> None:
     assert all(loss.isfinite() for loss in losses.values())
     (found,) = head.detections(output)
     assert found.boxes.shape[1] == 9
+    plain = center_head(velocity=True, code_weights=[*[1.0] * 8, 0.2, 0.2])
+    assert losses["box"] == plain.losses(output, [Boxes(boxes, truth().labels)])["box"]
     with pytest.raises(InputError, match="no velocities"):
         head.losses(output, [truth()])
 

@@ -49,6 +49,14 @@ def data(frames: int) -> PointDataModule:
     return PointDataModule(SyntheticStreets(1, frames, 0), pipeline, batch_size=1, cache=False, seed=0)
 
 
+def test_boxes_beyond_the_range_are_not_looked_for() -> None:
+    middle = [[20.0, 12, 1], [20, 0, -3.01], [44.01, 0, 0], [-0.01, 0, 0], [20, -12.01, 0], [0, -12, -3]]
+    boxes = [[*place, 4.0, 2.0, 1.5, 0.0] for place in middle]
+    cloud = Points(torch.zeros(1, 3), meta=[{"boxes": boxes, "box_names": ["Car"] * 6}])
+    (found,) = perfect().truth(cloud)
+    assert found.boxes[:, :3].tolist() == [middle[0], middle[5]]
+
+
 @pytest.mark.filterwarnings("ignore:KITTI AP with few objects")
 def test_a_frame_that_fills_up_a_batch_counts_for_nothing() -> None:
     task, (cloud,) = perfect(), iter(data(1).val_dataloader())
