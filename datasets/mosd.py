@@ -67,7 +67,8 @@ class MOSD(PointDataset):
     def _split(self) -> dict[Split, list[Path]]:
         if self._files is None:
             if self.root is None or not (self.root / "learn").is_dir():
-                raise InputError(f"MOSD.root: {self.root} has no folder 'learn'; give the folder with learn/*.pcd")
+                where = "is not set" if self.root is None else f"{self.root} has no folder 'learn'"
+                raise InputError(f"MOSD.root: {where}: --data.root DIR, the folder with learn/*.pcd")
             learn, test = (sorted((self.root / name).glob("*.pcd")) for name in ("learn", "test"))
             kept = min(max(round(self.val * len(learn)), int(self.val > 0)), len(learn) - 1) if learn else 0
             train = learn[: len(learn) - kept]

@@ -102,7 +102,9 @@ class SceneDataset(PointDataset):
         """
         check_split(split)
         if split not in self._scenes:
-            if self.root is None or not self.root.is_dir():
+            if self.root is None:
+                raise InputError(f"{type(self).__name__}.root: is not set: --data.root DIR; expected {self.layouts}")
+            if not self.root.is_dir():
                 raise InputError(f"{type(self).__name__}.root: {self.root} is not a folder; expected {self.layouts}")
             raw = self.list_raw(split)
             found = self.list_prepared(split) if raw is None else raw

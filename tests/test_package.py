@@ -17,7 +17,6 @@ OPTIONAL = (
     "torch_scatter",
     "triton",
     "laspy",
-    "viser",
     "matplotlib",
     "sklearn",
     "h5py",

@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 sys.path.pop(0)  # tools/: its profile.py would hide the standard library's
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # without an installed pc3d, the one beside
 
 from pc3d import InputError, Points
 from pc3d.cli import errors

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.pop(0)  # tools/: its profile.py would hide the standard library's
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # without an installed pc3d, the one beside
 
 from pc3d.cli import main as pc3d
 from pc3d.cli.runs import free_folder
@@ -29,16 +29,22 @@ RUN = Path("runs") / "demo"
 
 
 def main(overrides: Sequence[str]) -> int:
+    if "-h" in overrides or "--help" in overrides:
+        print(__doc__.strip())
+        return 0
     started = time.perf_counter()
     keep_earlier_run()
     status = pc3d(["train", "--config", str(CONFIG), "--run_dir", str(RUN), *overrides])
     if status:
         return status
     cloud, labelled, picture = RUN / "room.ply", RUN / "prediction.ply", RUN / "pictures" / "prediction.png"
-    write_unlabelled_room(cloud)
-    # A run too short to be validated has no best.ckpt.
+    # A run too short to be validated has no best.ckpt, a trial (--trainer.fast_dev_run) none at all.
     names = RUN / "checkpoints" / "best.ckpt", RUN / "checkpoints" / "last.ckpt"
-    checkpoint = next(path for path in names if path.is_file())
+    checkpoint = next((path for path in names if path.is_file()), None)
+    if checkpoint is None:
+        print("no checkpoint was written: nothing to show")
+        return 0
+    write_unlabelled_room(cloud)
     for command in (
         ["predict", str(cloud), "--ckpt", str(checkpoint), "-o", str(labelled)],
         ["view", str(labelled), "--color", "rgb", "--screenshot", str(picture)],

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 sys.path.pop(0)  # tools/: its profile.py would hide the standard library's
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # without an installed pc3d, the one beside
 
 from pc3d.cli import main
 

@@ -20,6 +20,9 @@ _EXTENSION = "PC3D_SANITIZED_EXTENSION"
 
 
 def main(arguments: list[str]) -> int:
+    if "-h" in arguments or "--help" in arguments:
+        print((__doc__ or "").strip())
+        return 0
     if not any(Path(argument.split("::")[0]).exists() for argument in arguments):
         arguments = [*TESTS, *arguments]
     # Python's output is captured, the sanitizers' reports are not.

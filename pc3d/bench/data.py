@@ -14,7 +14,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from pc3d.cli.experiment import Experiment, check_configs
+from pc3d.cli.experiment import Experiment
 from pc3d.cli.runs import Run
 from pc3d.data.module import PointDataModule
 from pc3d.data.sampler import Draw, generator_of
@@ -63,7 +63,6 @@ def run(config: str, overrides: Sequence[str], clouds: int, rounds: int, workers
         InputError: for a config that is wrong or does without the cache.
     """
     arguments = ["--config", config, *overrides]
-    check_configs(arguments)
     with tempfile.TemporaryDirectory() as folder:
         experiment = Experiment(arguments, lambda _: Run(Path(folder)), "tools/bench.py data")
         model, data = experiment.model, experiment.datamodule

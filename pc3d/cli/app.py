@@ -25,6 +25,7 @@ COMMANDS: dict[str, str] = {
     "export": "convert clouds, or a checkpoint to safetensors",
     "convert": "published checkpoints to ours, and back",
     "overview": "a map of scans larger than memory",
+    "info": "what a checkpoint needs, or what is installed here",
     "view": "look at a cloud, or render it to a picture",
     "prepare": "check a raw data set and write it prepared",
     "data": "check a folder of clouds before training on it",
@@ -83,7 +84,8 @@ def _run(arguments: list[str]) -> int:
         return 0
     command = arguments[0]
     if command not in COMMANDS:
-        raise InputError(f"unknown command '{command}'{suggest(command, COMMANDS)} (commands: {', '.join(COMMANDS)})")
+        hint = suggest(command, [*COMMANDS, "--version", "--help"])
+        raise InputError(f"unknown command '{command}'{hint} (commands: {', '.join(COMMANDS)})")
     return importlib.import_module(f"pc3d.cli.{command}").main(arguments[1:])
 
 

@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import inspect
 import re
+import typing
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,9 @@ _UNKNOWN = (
 )
 _CLASS = re.compile(r"Problem with given class_path '([\w.]+)'")
 _MISSING = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
+_FOREIGN = re.compile(r"Import path ([\w.]+) does not correspond to a subclass of (\w+)")
+_NO_PATH = re.compile(r"Expected a dot import path string: (.+)")
+_NOISE = re.compile(r"^.*Expected a path but .* either not accessible or invalid$", re.MULTILINE)
 _EXPECTED = re.compile(r"Expected an? (?P<type>.+?)(?:\. Got value: (?P<value>.*))?$", re.MULTILINE | re.DOTALL)
 _AROUND = ("Parser key", "Problem with", "Does not validate", "Subtypes:", "Errors:", "Given value")
 """What lines begin with that tell where a value of several possible types stands."""
@@ -54,13 +58,20 @@ def config_message(text: str, parser: Any) -> str:
             return f"unknown key '{key}'{_meant(key, match['key'], classes, parser)}"
     where = f"{'.'.join(path)}: " if path else ""
     if match := _MISSING.search(text):
-        return f"{where}{match[1]} has no '{match[2]}'{_closest_name(match[1], match[2])}"
+        return where + _no_such_name(match[1], match[2])
+    if match := _FOREIGN.search(text):
+        return f"{where}{match[1]} is no {match[2]}"
+    if match := _NO_PATH.search(text):
+        return f"{where}expected a class with its module, such as pc3d.models.PTv3, got {match[1]!r}"
     value = _after(text, "Given value: ")
+    text = _NOISE.sub("", text)
     if "Union subtypes" in text:
         text, value = _problems(text), value.partition("\n")[0]
     if expected := _EXPECTED.findall(text):
         types = [_type_name(name) for name, _ in expected]
         value = next((value for _, value in expected if value), None) or value
+        if re.fullmatch(r"pc3d[\w.]*\.\w+", value) and (wrong := _no_such_name(*value.rsplit(".", 1))):
+            return where + wrong  # a class in the place of a list of them
         return f"{where}expected {' or '.join(dict.fromkeys(types))}, got {one_line(value)!r}"
     details = re.sub(r"Parser key \"[\w.]+\":|Problem with given class_path", "", text).strip()
     return where + one_line(details)
@@ -82,7 +93,14 @@ def _problems(text: str) -> str:
 def _meant(key: str, last: str, classes: list[str], parser: Any) -> str:
     """The suggestion for an unknown key: among the arguments of its class, or among all keys of the parser."""
     if classes:
-        return suggest(last, _arguments(classes[-1]))
+        *groups, name = last.split(".")
+        cls = _class(classes[-1])
+        for group in groups:
+            cls = typing.get_type_hints(cls.__init__).get(group)
+            if not isinstance(cls, type):  # one of several: it depends on the value
+                return ""
+        known = [argument for argument in inspect.signature(cls.__init__).parameters if argument != "self"]
+        return suggest(name, known) or f" ({cls.__name__} has: {', '.join(known)})"
     known = {action.dest for action in parser._actions} | {group for group in ("trainer", "model", "data")}
     depth = key.count(".")
     parts = key.split(".")
@@ -94,16 +112,18 @@ def _meant(key: str, last: str, classes: list[str], parser: Any) -> str:
     return suggest(key, same_depth)
 
 
-def _arguments(class_path: str) -> list[str]:
-    module, _, name = class_path.rpartition(".")
-    cls = getattr(importlib.import_module(module), name)
-    return [argument for argument in inspect.signature(cls.__init__).parameters if argument != "self"]
+def _class(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
-def _closest_name(module: str, name: str) -> str:
-    with contextlib.suppress(ImportError):
-        return suggest(name, [public for public in dir(importlib.import_module(module)) if not public.startswith("_")])
-    return ""
+def _no_such_name(module: str, name: str) -> str:
+    """What is wrong with a class path, empty if nothing is."""
+    try:
+        public = [known for known in dir(importlib.import_module(module)) if not known.startswith("_")]
+    except ImportError:
+        return f"there is no module {module}"
+    return "" if name in public else f"{module} has no '{name}'{suggest(name, public)}"
 
 
 def _type_name(text: str) -> str:

@@ -41,9 +41,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--bank", metavar="FILE", help="of Point-PEFT: its features of training clouds, one per column")
     parser.add_argument("--layout", metavar="NAME", help="how kernels are stored: krsc, rsck, ...; default: detect")
     parser.add_argument("--trust", action="store_true", help="run code inside the file (your own file only)")
-    options, overrides = parser.parse_known_args(arguments)
+    options, overrides = parser.parse_with_overrides(arguments)
     source, target = Path(options.input), Path(options.output)
     if target.suffix == ".pth":
+        for name in ("config", "base", "bank"):
+            if getattr(options, name) is not None:
+                raise InputError(f"--{name}: of no use on the way back to {target}")
         written = [to_published(source, target, options)]
     elif target.suffix == ".safetensors":
         written = from_published(source, target, options, overrides)

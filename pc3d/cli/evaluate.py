@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
 
     from rich.console import Console
 
-    from pc3d.cli.experiment import Experiment, check_configs
+    from pc3d.cli.experiment import Experiment
     from pc3d.cli.runs import Run
     from pc3d.cli.scoring import clouds_of, evaluate_boxes, evaluate_points
     from pc3d.data.dataset import SPLITS
@@ -43,7 +43,6 @@ def main(arguments: list[str]) -> int:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder of predictions")
     command = ["--config", options.config, *overrides]
-    check_configs(command)
     experiment = Experiment(command, lambda _: Run(folder), "pc3d evaluate")
     data = experiment.datamodule
     splits = SPLITS if options.split == "all" else (data.stored_split(options.split),)

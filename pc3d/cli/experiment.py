@@ -23,7 +23,9 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from pc3d.cli.config_errors import readable_config_errors
-from pc3d.cli.runs import CHECKPOINTS, Run, free_folder, run_of
+from pc3d.cli.errors import one_line
+from pc3d.cli.parser import suggest
+from pc3d.cli.runs import CHECKPOINTS, Run, run_of
 from pc3d.data.module import PointDataModule
 from pc3d.errors import InputError
 from pc3d.io.atomic import atomic_write
@@ -57,6 +59,7 @@ class Experiment(LightningCLI):
         self.plan = plan
         for name in ("pytorch_lightning", "lightning_fabric"):
             logging.getLogger(name).setLevel(logging.WARNING)  # set when imported; what matters is printed by us
+        _check_configs(arguments)
         self.task_class = _task_class(arguments)
         with _program_name(program):
             super().__init__(
@@ -110,7 +113,7 @@ class Experiment(LightningCLI):
 
     def _loggers(self) -> list[Logger]:
         """CSV always, TensorBoard if installed; a resumed run logs beside its earlier part, not over it."""
-        logs = free_folder(self.run.folder / "logs").name if self.run.resumed else "logs"
+        logs = self.run.logs.name
         loggers: list[Logger] = [CSVLogger(self.run.folder, name="", version=logs)]
         if importlib.util.find_spec("tensorboard") is not None:
             loggers.append(TensorBoardLogger(self.run.folder, name="", version=logs))
@@ -122,8 +125,8 @@ class Experiment(LightningCLI):
         own: list[Callback] = [
             ScoreTable(),
             SavePictures(str(self.run.folder / "pictures"), every_n_validations=max(validations // 4, 1)),
-            RunRecord(self.saved_config(), str(self.run.folder)),
             SameLength(),
+            RunRecord(self.saved_config(), str(self.run.folder)),
             LambdaCallback(on_train_start=lambda trainer, module: self.save_config()),
         ]
         if trainer["enable_progress_bar"] is not False:
@@ -238,18 +241,28 @@ def _program_name(name: str) -> Iterator[None]:
         sys.argv = before
 
 
-def check_configs(arguments: Sequence[str]) -> None:
-    """Check that a command line has a ``--config`` and that the file is there.
+def _check_configs(arguments: Sequence[str]) -> None:
+    """Check that a command line has a ``--config`` (or asks for help), and that the file is there and holds keys.
 
     Raises:
-        InputError: if not; names the configs that come with the project.
+        InputError: if not; names the config that may have been meant.
     """
     paths = [value for flag, value in _pairs(arguments) if flag in ("--config", "-c")]
-    if not paths:
-        raise InputError(f"no config: add --config FILE.yaml{_known_configs()}")
+    if not all(paths) or not (paths or "--help" in arguments):
+        given = next((f", as in --config {word}" for word in arguments if word.endswith((".yaml", ".yml"))), "")
+        raise InputError(f"no config: add --config FILE.yaml{given or ', such as those in configs/'}")
     for path in paths:
         if not Path(path).is_file():
-            raise InputError(f"{path}: no such config file{_known_configs()}")
+            known = (str(config) for config in Path("configs").glob("*/*.yaml"))
+            raise InputError(f"{path}: no such config file{suggest(path, known)}")
+        try:
+            content = yaml.safe_load(Path(path).read_text())
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: not a readable config: {one_line(str(error))}") from error
+        if not isinstance(content, dict):
+            raise InputError(
+                f"{path}: not a config: holds {one_line(repr(content))[:60]}, not sections such as 'model:'"
+            )
 
 
 def _task_class(arguments: Sequence[str]) -> type | None:
@@ -259,9 +272,7 @@ def _task_class(arguments: Sequence[str]) -> type | None:
     """
     named = [value for flag, value in _pairs(arguments) if flag in ("--model", "--model.class_path")]
     for path in (value for flag, value in _pairs(arguments) if flag in ("--config", "-c")):
-        with contextlib.suppress(
-            OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError
-        ):  # told by the parser
+        with contextlib.suppress(KeyError, TypeError):  # told by the parser
             named += [str(yaml.safe_load(Path(path).read_text())["model"]["class_path"])]
     if not named:
         return None
@@ -276,8 +287,3 @@ def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
         flag, equals, value = argument.partition("=")
         if flag.startswith("-"):
             yield flag, value if equals else (arguments[i + 1] if i + 1 < len(arguments) else "")
-
-
-def _known_configs() -> str:
-    known = sorted(str(path) for path in Path("configs").glob("*/*.yaml"))
-    return f" (here are: {', '.join(known)})" if known else ""

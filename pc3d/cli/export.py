@@ -38,7 +38,11 @@ def main(arguments: list[str]) -> int:
     source, target = Path(options.input), Path(options.output)
     if target.exists() and source.exists() and target.samefile(source):
         raise InputError(f"{target}: is the input; choose another output, inputs are never overwritten")
-    if source.suffix.lower() in _CHECKPOINTS:
+    is_checkpoint = source.suffix.lower() in _CHECKPOINTS
+    for name in ("color", "label_field", "ckpt", "encoding") if is_checkpoint else ("adapter", "base"):
+        if getattr(options, name) != parser.get_default(name):
+            raise InputError(f"--{name}: is for {'clouds' if is_checkpoint else 'checkpoints'}, {source} is none")
+    if is_checkpoint:
         written = export_checkpoint(source, target, options.adapter, options.base)
     else:
         written = [export_cloud(source, target, options)]
@@ -49,7 +53,7 @@ def main(arguments: list[str]) -> int:
 def export_checkpoint(source: Path, target: Path, adapter: bool, base: str | None) -> list[Path]:
     """Export a checkpoint: whole, its adapter without the base, or an adapter joined with its base."""
     from pc3d.tasks import read_checkpoint, save_export
-    from pc3d.tasks.checkpoint import adapter_checkpoint, join_base
+    from pc3d.tasks.checkpoint import adapter_checkpoint, card_of, join_base
 
     if target.suffix != ".safetensors":
         raise InputError(f"{target}: a checkpoint is exported as .safetensors")
@@ -57,7 +61,9 @@ def export_checkpoint(source: Path, target: Path, adapter: bool, base: str | Non
         raise InputError("--adapter takes the base out, --base puts it in: give one of them")
     if adapter:
         return list(save_export(target, adapter_checkpoint(source)))
-    return list(save_export(target, read_checkpoint(source) if base is None else join_base(source, base)))
+    checkpoint = read_checkpoint(source) if base is None else join_base(source, base)
+    card_of(checkpoint, source)
+    return list(save_export(target, checkpoint))
 
 
 def export_cloud(source: Path, target: Path, options: Any) -> Path:
@@ -76,7 +82,7 @@ def export_cloud(source: Path, target: Path, options: Any) -> Path:
         if field is None:
             raise InputError(f"{source}: has no label field to export; name it with --label_field")
         return write_labels(target, points.get(field).reshape(-1))
-    if options.color != "auto" or field is not None:
+    if options.color != "auto" or field is not None or options.ckpt is not None:
         points_to_color, palette = class_numbers(points, field, options.ckpt)
         mode = "label" if options.color == "auto" else options.color
         points = points.with_attrs(color=torch.from_numpy(point_colors(points_to_color, mode, palette)).float())
@@ -91,6 +97,8 @@ def class_numbers(points: Points, field: str | None, ckpt: str | None) -> tuple[
     import torch
 
     if field is None:
+        if ckpt is not None:
+            raise InputError(f"{points.describe()}: has no labels to colour by {ckpt}; name their field: --label_field")
         return points, None
     codes = points.get(field).reshape(-1).long()
     if ckpt is None:

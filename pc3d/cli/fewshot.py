@@ -60,14 +60,13 @@ def _done(base: Path, fold: int) -> dict[str, float] | None:
 
 
 def _run(options: argparse.Namespace, overrides: list[str], base: Path, fold: int) -> dict[str, float]:
-    from pc3d.cli.experiment import Experiment, check_configs
+    from pc3d.cli.experiment import Experiment
     from pc3d.cli.runs import Run, free_folder
     from pc3d.cli.train import fit_and_test
 
     keys = {"way": options.way, "shot": options.shot, "fold": fold}
     arguments = ["--config", options.config, *overrides]
     arguments += [word for key, value in keys.items() for word in (f"--data.dataset.init_args.{key}", str(value))]
-    check_configs(arguments)
     folder = free_folder(base / f"fold-{fold:02d}")
 
     def plan(config: Any) -> Run:

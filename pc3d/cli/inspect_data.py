@@ -34,12 +34,11 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(own)
     if options.clouds < 1 or options.pictures < 0:
         raise InputError(f"--clouds {options.clouds} must be at least 1, --pictures {options.pictures} at least 0")
-    from pc3d.cli.experiment import Experiment, check_configs
+    from pc3d.cli.experiment import Experiment
     from pc3d.cli.runs import Run
 
     out = Path(options.out)
     command = ["--config", options.config, *overrides]
-    check_configs(command)
     data = Experiment(command, lambda _: Run(out, None, False), "pc3d data inspect").datamodule
     written = inspect(data, out, options.clouds, options.pictures)
     print("wrote " + ", ".join(map(str, written)))

@@ -34,6 +34,8 @@ def main(arguments: list[str]) -> int:
     target = Path(options.output)
     if target.suffix.lower() not in (".png", ".ply", ".npz"):
         raise InputError(f"{target}: an overview is written as .png, .ply or .npz")
+    if target.suffix.lower() == ".ply" and (options.cell is not None or options.network is not None):
+        raise InputError(f"{target}: holds samples and no maps: --cell and --network are for .png and .npz")
     if options.decode < 0:
         raise InputError(f"--decode {options.decode}: give a number of chunks, 0 or more")
 

@@ -149,12 +149,13 @@ def plan_jobs(
     """
     from pc3d.io import WRITABLE
 
-    writable = tuple(dict.fromkeys((*WRITABLE, *more)))
+    # A .bin holds its own columns only: labels have no place in it.
+    writable = tuple(dict.fromkeys(suffix for suffix in (*WRITABLE, *more) if suffix != ".bin"))
     wanted = None if suffix is None else "." + suffix.lower().lstrip(".")
     if wanted is not None and wanted not in writable:
         raise InputError(f"--format {suffix}: cannot be written (formats: {' '.join(s[1:] for s in writable)})")
     found = find_inputs(inputs)
-    single = len(inputs) == 1 and inputs[0].is_file() and not output.is_dir() and output.suffix.lower() in writable
+    single = is_file_for_file(inputs, output, writable)
     jobs = []
     for source, name in found:
         if single:
@@ -165,6 +166,23 @@ def plan_jobs(
         jobs.append((source, output / plain.with_suffix(wanted or (own if own in writable else ".ply"))))
     check_targets(jobs)
     return jobs
+
+
+def is_file_for_file(inputs: Sequence[Path], output: Path, writable: Sequence[str]) -> bool:
+    """Whether one file is to be written for one file, not a folder; what has a suffix and is no folder yet is a file.
+
+    Raises:
+        InputError: if that file has another suffix than ``writable``, or is to hold what comes of several inputs.
+    """
+    if not output.suffix or output.is_dir():
+        return False
+    if len(inputs) > 1 or inputs[0].is_dir():
+        if output.suffix.lower() in writable:
+            raise InputError(f"{output}: several clouds need a folder for their results; choose another -o")
+        return False
+    if output.suffix.lower() not in writable:
+        raise InputError(f"{output}: cannot write '{output.suffix}' (writable: {' '.join(writable)})")
+    return True
 
 
 def find_inputs(inputs: Sequence[Path]) -> list[tuple[Path, Path]]:
@@ -245,7 +263,7 @@ def predict_file(source: Path, target: Path, task: Any, pipeline: Any, card: Any
         las = suffix in (".las", ".laz")
         result = labelled(points, labels, probabilities, card, las, options.probabilities, options.keep_colors)
         result = result if instance is None else result.with_attrs(instance=instance)
-        write(target, result, template=source if _family(suffix) == _family(source.suffix.lower()) else None)
+        write(target, result, template=template_for(source, target))
     shares = torch.bincount(labels[labels >= 0], minlength=len(task.class_names)) / max(len(labels), 1)
     largest = shares.argsort(descending=True)[:4].tolist()
     classes = ", ".join(f"{task.class_names[i]} {100 * shares[i]:.0f} %" for i in largest if shares[i] >= 0.005)
@@ -309,6 +327,8 @@ def parse_columns(names: str | None) -> int | list[str] | None:
     return int(names)
 
 
-def _family(suffix: str) -> str | None:
-    """Formats of one family can serve as each other's template; the others cannot."""
-    return {".las": "las", ".laz": "las", ".ply": "ply", ".pcd": "pcd"}.get(suffix, suffix + "!")
+def template_for(source: Path, target: Path) -> Path | None:
+    """The source, if its header and other fields can be kept in the target: both of one of these kinds."""
+    kinds = {".las": "las", ".laz": "las", ".ply": "ply", ".pcd": "pcd"}
+    kind = kinds.get(target.suffix.lower())
+    return source if kind is not None and kind == kinds.get(source.suffix.lower()) else None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pc3d.cli.predict import _family, parse_columns
+from pc3d.cli.predict import parse_columns, template_for
 from pc3d.data.boxes import Boxes, kitti_results
 from pc3d.data.pipeline import Pipeline
 from pc3d.datasets.kitti_object import image_size
@@ -47,7 +47,7 @@ def detect_file(source: Path, target: Path, task: Detection, pipeline: Pipeline,
         task.save_picture(target, points, found)
     else:
         result = labelled_by_boxes(points, found, task, options.keep_colors)
-        write(target, result, template=source if _family(suffix) == _family(source.suffix.lower()) else None)
+        write(target, result, template=template_for(source, target))
     counts = torch.bincount(found.labels, minlength=len(task.class_names)).tolist()
     kinds = ", ".join(f"{count} {name}" for name, count in zip(task.class_names, counts, strict=True) if count)
     return f"{source} -> {target}: {points.num_points:,} points; {kinds or 'nothing found'}"

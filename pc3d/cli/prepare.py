@@ -69,6 +69,8 @@ def main(arguments: list[str]) -> int:
     if options.dataset not in known:
         hint = suggest(options.dataset, known)
         raise InputError(f"pc3d prepare: no data set '{options.dataset}'{hint} ({', '.join(known)}, fixture)")
+    if options.name is not None:
+        raise InputError(f"pc3d prepare {options.dataset}: unknown argument '{options.name}'")
     if options.raw is None:
         raise InputError("pc3d prepare: --raw is missing: the folder of the data set as downloaded")
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
   pc3d probe --ckpt pretrained.ckpt --config configs/modelnet40/cls-point-mae.yaml -- --data.root DIR
-  pc3d probe --ckpt runs/pretrain-point-mae-tiny/checkpoints/last.ckpt \\
+  pc3d probe --ckpt runs/synthetic_shapes-pretrain-point-mae-tiny/checkpoints/last.ckpt \\
       --config configs/synthetic_shapes/cls-pretrained-tiny.yaml
 
 A linear support vector machine is fitted to the training clouds of the config's data, one feature vector each, and
@@ -39,16 +39,15 @@ def main(arguments: list[str]) -> int:
     try:
         from sklearn.svm import LinearSVC
     except ImportError as error:
-        raise InputError("pc3d probe needs scikit-learn: pip install scikit-learn") from error
+        raise InputError("pc3d probe needs scikit-learn: pip install 'pc3d[baseline]'") from error
     import torch
 
-    from pc3d.cli.experiment import Experiment, check_configs
+    from pc3d.cli.experiment import Experiment
     from pc3d.cli.predict import choose_device
     from pc3d.cli.runs import Run
     from pc3d.tasks import Pretraining, load_task
 
     words = ["--config", options.config, *overrides]
-    check_configs(words)
     data = Experiment(words, lambda _: Run(Path(options.ckpt).parent), "pc3d probe").datamodule
     task, _, _ = load_task(options.ckpt)
     if not isinstance(task, Pretraining):

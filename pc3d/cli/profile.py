@@ -57,11 +57,10 @@ def _network(options: Any) -> tuple[Any, Any]:
 
         task, pipeline, _ = load_task(Path(options.checkpoint), trust=options.trust)
         return task.cpu(), pipeline
-    from pc3d.cli.experiment import Experiment, check_configs
+    from pc3d.cli.experiment import Experiment
     from pc3d.cli.runs import Run
 
     arguments = ["--config", options.config]
-    check_configs(arguments)
     built = Experiment(arguments, lambda config: Run(Path("runs") / "profile", None), "pc3d profile")
     return built.model, built.datamodule.pipeline
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pc3d.tasks import Reconstruction
 
 EXAMPLES = """\
-  pc3d reconstruct scan.ply --ckpt runs/reconstruct-gridformer-small/checkpoints/best.ckpt -o surface.ply
+  pc3d reconstruct scan.ply --ckpt runs/solids/checkpoints/best.ckpt -o surface.ply
   pc3d reconstruct scans/ --ckpt best.ckpt -o surfaces/ --format obj
   pc3d reconstruct room.laz --ckpt rooms.ckpt -o room.obj --resolution 64 --threshold 0.3
 
@@ -86,11 +86,11 @@ def plan_surfaces(inputs: list[Path], output: Path, suffix: str | None) -> list[
     Raises:
         InputError: for missing inputs, formats that are not written, and targets that are inputs or collide.
     """
-    from pc3d.cli.predict import check_targets
-    from pc3d.io.mesh import check_mesh_format
+    from pc3d.cli.predict import check_targets, is_file_for_file
+    from pc3d.io.mesh import MESH_FORMATS, check_mesh_format
 
     found = find_inputs(inputs)
-    if len(inputs) == 1 and inputs[0].is_file() and output.suffix and not output.is_dir():
+    if is_file_for_file(inputs, output, MESH_FORMATS):
         if suffix is not None:
             raise InputError(f"--format {suffix}: of no use, the format is that of {output}")
         jobs = [(found[0][0], output)]

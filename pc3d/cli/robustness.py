@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pc3d.tasks import Classification
 
 EXAMPLES = """\
-  pc3d robustness --ckpt runs/cls-pct-tiny/checkpoints/best.ckpt
+  pc3d robustness --ckpt runs/synthetic_shapes-cls-pct-tiny/checkpoints/best.ckpt
   pc3d robustness --ckpt best.ckpt --benchmark modelnet-c --corruptions rotate add_local --severities 2 4
   pc3d robustness --ckpt best.ckpt --files /data/modelnet40_c                    (or /data/modelnet_c: as published)
   pc3d robustness --ckpt best.ckpt --up y -- --data.root /data      (ModelNet40 itself, corrupted here; y is upward)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from pytorch_lightning.utilities import rank_zero_only
@@ -21,6 +23,18 @@ class Run:
     folder: Path
     checkpoint: Path | None = None
     resumed: bool = False
+
+    @cached_property
+    def logs(self) -> Path:
+        """Folder of the logs, a new one where a run is resumed."""
+        return free_folder(self.folder / "logs") if self.resumed else self.folder / "logs"
+
+    def discard(self) -> None:
+        """After a failure: remove what the call has begun, unless it is a folder with checkpoints or figures."""
+        if not self.resumed and not any((self.folder / CHECKPOINTS).glob("*.ckpt")):
+            shutil.rmtree(self.folder, ignore_errors=True)
+        elif self.resumed and not (self.logs / "metrics.csv").is_file():
+            shutil.rmtree(self.logs, ignore_errors=True)
 
 
 def run_name(config: Path) -> str:
@@ -60,6 +74,8 @@ def plan_run(config: Path, run_dir: str | None, ckpt_path: str | None) -> Run:
     ):  # a process of a multi-device run: the first one has chosen
         return Run(Path(started), checkpoint)
     folder = free_folder(Path("runs") / run_name(config)) if run_dir is None else Path(run_dir)
+    if folder.is_file():
+        raise InputError(f"--run_dir {folder}: is a file; name a folder")
     if free_folder(folder) != folder:
         raise InputError(
             f"{folder}: holds the results of another run: resume it with --ckpt_path last, or choose another --run_dir"

@@ -54,7 +54,8 @@ def evaluate_points(
     least = task.precision.min_points if isinstance(task, InstanceSegmentation) else 100
     precision, coverage = InstanceAveragePrecision(things, least), InstanceCoverage(things)
     panoptic = PanopticQuality(things)
-    for split, index in track(clouds, description="Scoring", console=Console(stderr=True), transient=True):
+    bar = Console(stderr=True)
+    for split, index in track(clouds, "Scoring", console=bar, transient=True, disable=not bar.is_terminal):
         cloud = dataset.load(split, index)
         found, segment = dataset.load_prediction(folder, cloud), cloud.get("segment")
         semantic.update(found.segment, segment)

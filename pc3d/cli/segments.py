@@ -41,14 +41,22 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--picture", metavar="FILE", help="draw the first cloud, its segments for every k in a panel")
     own, overrides = split_overrides(arguments)
     options = parser.parse_args(own)
+    for name, least in (("clouds", 1), ("min_size", 1), ("color_weight", 0)):
+        given = getattr(options, name)
+        lowest = min(given) if isinstance(given, list) else given
+        if lowest < least:
+            raise InputError(f"--{name} {lowest} must be at least {least}")
+    if min(options.k) <= 0:
+        raise InputError(f"--k {min(options.k)} must be above 0")
+    if options.picture is not None and Path(options.picture).suffix.lower() != ".png":
+        raise InputError(f"--picture {options.picture}: pictures are written as .png")
     from rich.console import Console
     from rich.table import Table
 
-    from pc3d.cli.experiment import Experiment, check_configs
+    from pc3d.cli.experiment import Experiment
     from pc3d.cli.runs import Run
 
     command = ["--config", options.config, *overrides]
-    check_configs(command)
     data = Experiment(command, lambda _: Run(Path("runs"), None, False), "pc3d segments").datamodule
     count = min(options.clouds, data.dataset.size(options.split))
     if count < 1:

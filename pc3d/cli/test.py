@@ -7,6 +7,7 @@ from typing import Any
 
 from pc3d.cli.parser import PRESETS, Parser
 from pc3d.cli.runs import Run, free_folder, run_of
+from pc3d.errors import InputError
 
 EXAMPLES = """\
   pc3d test --ckpt runs/demo/checkpoints/best.ckpt
@@ -27,7 +28,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--tta", choices=["none", *PRESETS], help="test-time augmentation; default: as the config says")
     parser.add_argument("--save", metavar="DIR", help="keep the prediction for every cloud, as its benchmark takes it")
     parser.add_argument("--run_dir", metavar="DIR", help="where results go; default: test/ in the checkpoint's run")
-    options, overrides = parser.parse_known_args(arguments)
+    options, overrides = parser.parse_with_overrides(arguments)
 
     from pc3d.cli.experiment import trained_experiment
     from pc3d.tasks.callbacks import SavePredictions
@@ -42,8 +43,14 @@ def main(arguments: list[str]) -> int:
     experiment = trained_experiment(path, options.config, overrides, plan, "pc3d test")
     model, data = experiment.model, experiment.datamodule
     if options.save is not None:
+        if Path(options.save).is_file():
+            raise InputError(f"--save {options.save}: is a file; name a folder")
         experiment.trainer.callbacks.append(SavePredictions(options.save))  # type: ignore[attr-defined]
-    experiment.trainer.test(model, datamodule=data, verbose=False)
+    try:
+        experiment.trainer.test(model, datamodule=data, verbose=False)
+    except Exception:
+        experiment.run.discard()
+        raise
     folder, counts = experiment.run.folder, model.confusion("test")
     if counts is not None and not counts.any():
         print(

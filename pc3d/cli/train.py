@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +46,7 @@ def main(arguments: list[str]) -> int:
     if not arguments or "-h" in arguments or "--help" in arguments:
         print(HELP, end="")
         return 0
-    from pc3d.cli.experiment import Experiment, check_configs
+    from pc3d.cli.experiment import Experiment
 
     def plan(config: Any) -> Run:
         if config["ckpt_path"] and config["init_from"]:
@@ -55,8 +54,6 @@ def main(arguments: list[str]) -> int:
         return plan_run(Path(str(config["config"][-1])), config["run_dir"], config["ckpt_path"])
 
     arguments = ["--help" if argument == "--help_all" else argument for argument in arguments]
-    if "--help" not in arguments:
-        check_configs(arguments)
     return fit_and_test(Experiment(arguments, plan), arguments)
 
 
@@ -79,8 +76,7 @@ def fit_and_test(experiment: Experiment, arguments: list[str]) -> int:
     except SystemExit as stop:  # after Ctrl-C the trainer ends the process itself
         raise KeyboardInterrupt(_how_to_resume(arguments, folder)) from stop
     except Exception:
-        if not experiment.run.resumed and not any((folder / CHECKPOINTS).glob("*.ckpt")):
-            shutil.rmtree(folder, ignore_errors=True)  # a new folder, and nothing in it that anyone could use
+        experiment.run.discard()
         raise
     if experiment.config["test"] and not experiment.config["trainer"]["fast_dev_run"]:
         _test_best(experiment)
@@ -107,7 +103,7 @@ def _how_to_resume(arguments: list[str], folder: Path) -> str:
 
 
 def _report(folder: Path, model: PointTask) -> None:
-    from pc3d.tasks import Pretraining, Reconstruction
+    from pc3d.tasks import Classification, Completion, Detection, Pretraining, Reconstruction
 
     best = next((path for name in ("best", "last") if (path := folder / CHECKPOINTS / f"{name}.ckpt").is_file()), None)
     print(f"figures: {folder}/summary.json, pictures: {folder}/pictures, logs: {folder}/logs")
@@ -116,4 +112,10 @@ def _report(folder: Path, model: PointTask) -> None:
     elif best is not None and isinstance(model, Reconstruction):
         print(f"reconstruct a cloud of your own: pc3d reconstruct CLOUD --ckpt {best} -o surface.ply")
     elif best is not None:
-        print(f"label a cloud of your own: pc3d predict CLOUD --ckpt {best} -o labelled.ply")
+        uses = {
+            Classification: ("classify", "classes.csv"),
+            Completion: ("complete", "whole.ply"),
+            Detection: ("find boxes in", "boxes.json"),
+        }
+        verb, output = uses.get(type(model), ("label", "labelled.ply"))
+        print(f"{verb} a cloud of your own: pc3d predict CLOUD --ckpt {best} -o {output}")

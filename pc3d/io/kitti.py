@@ -34,7 +34,7 @@ def read(path: Path, columns: int | Sequence[str] | None = None) -> Table:
         raise InputError(
             f"{path}: {path.stat().st_size} bytes are not a whole number of float32: the file is truncated"
         )
-    names = _NAMES[_detect(values, path)] if columns is None else _given(columns, path)
+    names = _NAMES[_detect(values, path) if len(values) else 4] if columns is None else _given(columns, path)
     if len(values) % len(names):
         raise InputError(
             f"{path}: {len(values)} float32 numbers are not whole rows of {len(names)} columns ({', '.join(names)}): "

@@ -193,12 +193,16 @@ class RunRecord(pl.Callback):
         self.folder = folder
         self.figures: dict[str, float] = {}
         self._start = time.time()
+        self._seed = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if trainer.is_global_zero and stage == "fit":
-            self._start = time.time()
+        if stage == "fit":
+            self._start, self._seed = time.time(), torch.initial_seed()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:  # not before: a checkpoint that does not fit must not change the run it is in
             started = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(self._start))
-            record = {"started": started, "seed": torch.initial_seed(), **environment(), "config": self.config}
+            record = {"started": started, "seed": self._seed, **environment(), "config": self.config}
             write_json(self._folder(trainer) / "run.json", record)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

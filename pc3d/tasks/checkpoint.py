@@ -200,7 +200,7 @@ def _unsafe_message(path: Path, error: str) -> str:
     found = re.search(r"GLOBAL ([\w.]+)", error)
     name = found[1] if found else _foreign_global(path.read_bytes())
     if name is None:
-        return f"{path}: not a readable checkpoint ({error.splitlines()[0]}): is the file complete?"
+        return f"{path}: not a readable checkpoint: a file of another kind, or damaged"
     return f"{path}: holds Python code ({name}) which is not run: pass --trust if you made this file yourself"
 
 

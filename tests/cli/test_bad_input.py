@@ -115,6 +115,51 @@ def test_a_bad_cloud_is_not_predicted(
     assert says in message
 
 
+@pytest.mark.parametrize(
+    ("output", "says"),
+    [
+        ("out.docx", "out.docx: cannot write '.docx' (writable: .ply"),
+        ("out.bin", "cannot write '.bin'"),  # it has no place for labels
+        ("cloud.ply", "inputs are never overwritten"),
+        ("cloud.ply/out.ply", "out.ply: cannot be written: cloud.ply is no folder"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused(
+    output: str, says: str, checkpoint: Path, cloud: Path, refused
+) -> None:
+    assert says in refused("predict", "cloud.ply", "--ckpt", checkpoint, "-o", output)
+
+
+def test_clouds_of_a_folder_do_not_fit_into_one_file(checkpoint: Path, cloud: Path, refused) -> None:
+    message = refused("predict", cloud.parent, "--ckpt", checkpoint, "-o", "labelled.ply")
+    assert "labelled.ply: several clouds need a folder" in message
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["export", "cloud.ply", "out.las", "--adapter"], "--adapter: is for checkpoints"),
+        (["export", "CKPT", "out.safetensors", "--color", "rgb"], "--color: is for clouds"),
+        (["export", "cloud.ply", "out.las", "--ckpt", "CKPT"], "cloud.ply: has no labels to colour by"),
+        (["view", "cloud.ply", "--screenshot", "a.png", "--ckpt", "CKPT"], "cloud.ply: has no labels to colour by"),
+        (["convert", "CKPT", "out.pth", "--config", str(TINY)], "--config: of no use"),
+        (["overview", "cloud.ply", "-o", "map.ply", "--cell", "2"], "map.ply: holds samples and no maps"),
+        (["prepare", "scannet", "extra", "--raw", ".", "--out", "o"], "unknown argument 'extra'"),
+        (["segments", "--config", str(TINY), "--k", "-1"], "--k -1.0 must be above 0"),
+        (["segments", "--config", str(TINY), "--picture", "a.jpg"], "--picture a.jpg: pictures are written as .png"),
+        (["probe", "--ckpt", "CKPT", "--config", "no.yaml"], "no.yaml: no such config file"),
+        (["test", "--ckpt", "CKPT", "--savee", "x"], "unknown argument '--savee': did you mean '--save'?"),
+        (["test", "--ckpt", "CKPT", "--save", "cloud.ply"], "--save cloud.ply: is a file"),
+        (["test", "--ckpt", "CKPT", "--config", "no.yaml"], "no.yaml: no such config file"),
+        (["predict", "cloud.ply", "--ckpt", str(TINY), "-o", "out.ply"], "tiny.yaml: not a readable checkpoint"),
+    ],
+)
+def test_an_option_without_use_or_sense_is_refused(
+    words: list[str], says: str, checkpoint: Path, cloud: Path, refused
+) -> None:
+    assert says in refused(*(checkpoint if word == "CKPT" else word for word in words))
+
+
 def test_one_point_is_predicted(checkpoint: Path, tmp_path: Path, pc3d) -> None:
     path = write(tmp_path / "one.ply", colored(np.ones((1, 3))))
     outcome = pc3d("predict", path, "--ckpt", checkpoint, "-o", "out.ply")
@@ -206,6 +251,14 @@ def test_a_missing_folder_is_named(folder_config: Path, tmp_path: Path, refused)
         (["--data.batch_size", "0"], "data.batch_size: 0 must be at least 1"),
         (["--trainer.accelerator", "gpuu"], "gpuu"),
         (["--config", "missing.yaml"], "missing.yaml: no such config file"),
+        (["--config"], "no config: add --config FILE.yaml"),
+        (["--run_dir", str(TINY)], "tiny.yaml: is a file"),
+        (["--model.criteria", "pc3d.losses.Lovas"], "pc3d.losses has no 'Lovas': did you mean 'Lovasz'?"),
+        (["--data.pipeline.augment", "pc3d.data.transforms.Flip"], "did you mean 'RandomFlip'?"),
+        (["--model.backbone", "NoSuchNet"], "model.backbone: expected a class with its module"),
+        (["--model.backbone", "torch.nn.Linear"], "model.backbone: torch.nn.Linear is no Backbone"),
+        (["--data.dataset.init_args.zzz", "3"], "'data.dataset.zzz' (SyntheticRooms has: train_rooms, val_rooms,"),
+        (["--model.class_path", "pc3d.tasks.SemanticSegmentation", "--model.optimizer.lrr", "1"], "mean 'lr'?"),
         (["--ckpt_path", "missing.ckpt"], "missing.ckpt: no such checkpoint file"),
         (["--ckpt_path", "last"], "there is no runs/tiny/checkpoints/last.ckpt to resume from"),
         (["--init_from", "missing.ckpt"], "missing.ckpt: no such checkpoint file"),
@@ -239,9 +292,10 @@ def test_a_wrong_setting_of_a_task_with_a_class_path_is_explained(option: str, s
         ("trainer: {max_epochss: 3}", "unknown key 'trainer.max_epochss': did you mean 'trainer.max_epochs'?"),
         ("trainr: {max_epochs: 3}", "unknown key 'trainr.max_epochs': did you mean 'trainer'?"),
         ("model: {optimiser: {lr: 1}}", "unknown key 'model.optimiser.lr': did you mean 'model.optimizer'?"),
-        ("model: [", "while parsing"),
-        ("only text", "only text"),
-        ("\x00", "config: "),
+        ("model: [", "wrong.yaml: not a readable config: while parsing"),
+        ("only text", "wrong.yaml: not a config: holds 'only text'"),
+        ("", "wrong.yaml: not a config: holds None"),
+        ("\x00", "wrong.yaml: not a readable config"),
     ],
 )
 def test_a_wrong_config_file_is_explained(text: str, says: str, tmp_path: Path, refused) -> None:
@@ -303,6 +357,22 @@ def test_other_channels_than_the_checkpoints_are_a_table(checkpoint: Path, pc3d)
         assert "in_channels 3 (here: 6)" in outcome.err
         assert "in_channels" in outcome.out
         assert not Path("other").exists()
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_its_run_as_it_was(trained: Path, pc3d) -> None:
+    before = files(trained)
+    resume = ["train", "--config", TINY, "--ckpt_path", trained / "checkpoints" / "last.ckpt"]
+    for words in (["--data.pipeline.features", "[color,normal]"], ["--trainer.max_epochs", "3"]):
+        assert pc3d(*resume, *words).status == 2
+        assert files(trained) == before
+
+
+def test_a_failed_test_leaves_nothing(checkpoint: Path, trained: Path, pc3d, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = files(trained)
+    monkeypatch.setattr("pc3d.tasks.SemanticSegmentation.on_test_epoch_end", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pc3d("test", "--ckpt", checkpoint)
+    assert files(trained) == before
 
 
 def test_a_resumed_run_keeps_its_length(checkpoint: Path, refused) -> None:
