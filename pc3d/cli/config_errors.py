@@ -99,8 +99,8 @@ def _meant(key: str, last: str, classes: list[str], parser: Any) -> str:
             cls = typing.get_type_hints(cls.__init__).get(group)
             if not isinstance(cls, type):  # one of several: it depends on the value
                 return ""
-        known = [argument for argument in inspect.signature(cls.__init__).parameters if argument != "self"]
-        return suggest(name, known) or f" ({cls.__name__} has: {', '.join(known)})"
+        options = [option for option in inspect.signature(cls.__init__).parameters if option != "self"]
+        return suggest(name, options) or f" ({cls.__name__} has: {', '.join(options)})"
     known = {action.dest for action in parser._actions} | {group for group in ("trainer", "model", "data")}
     depth = key.count(".")
     parts = key.split(".")
