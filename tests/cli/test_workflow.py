@@ -191,6 +191,18 @@ def test_las_gets_classification_and_keeps_its_header(data_dir: Path, checkpoint
     assert (after.header.scales == before.header.scales).all()
 
 
+@pytest.mark.parametrize("suffix", [".ply", ".pcd", ".npy", ".npz", ".xyz", ".txt", ".csv"])
+def test_a_cloud_is_labelled_in_its_own_format(suffix: str, checkpoint: Path, cloud: Path, pc3d) -> None:
+    write(f"own{suffix}", read(cloud))
+    for output in (f"labelled{suffix}", "folder"):
+        outcome = pc3d("predict", f"own{suffix}", "--ckpt", checkpoint, "-o", output, "--mode", "fast")
+        assert outcome.status == 0, outcome.err
+    for path in (f"labelled{suffix}", f"folder/own{suffix}"):
+        labelled = read(path)
+        assert labelled.num_points == 500
+        assert {"quality", "label", "confidence"} <= labelled.attrs.keys()
+
+
 def test_inputs_are_never_overwritten(checkpoint: Path, cloud: Path, pc3d) -> None:
     content = cloud.read_bytes()
     for output in (cloud, cloud.parent):
