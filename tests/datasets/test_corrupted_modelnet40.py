@@ -82,7 +82,9 @@ def test_what_is_not_there(corruption: str, severity: int, message: str, tmp_pat
 def test_other_folders(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="neither a raw nor"):
         CorruptedModelNet40(str(tmp_path)).size("test")
-    with pytest.raises(InputError, match=r"CorruptedModelNet40.root: is not set: --data.root DIR; expected data_<corruption>"):
+    with pytest.raises(
+        InputError, match=r"CorruptedModelNet40.root: is not set: --data.root DIR; expected data_<corruption>"
+    ):
         CorruptedModelNet40().size("test")
     modelnet_c(tmp_path / "files")
     with pytest.raises(InputError, match="holds ModelNet-C"):
