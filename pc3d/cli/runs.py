@@ -30,11 +30,13 @@ class Run:
         return free_folder(self.folder / "logs") if self.resumed else self.folder / "logs"
 
     def discard(self) -> None:
-        """After a failure: remove what the call has begun, unless it is a folder with checkpoints or figures."""
-        if not self.resumed and not any((self.folder / CHECKPOINTS).glob("*.ckpt")):
-            shutil.rmtree(self.folder, ignore_errors=True)
-        elif self.resumed and not (self.logs / "metrics.csv").is_file():
+        """After a failure: remove what the call has begun, unless it has written figures or checkpoints."""
+        if (self.logs / "metrics.csv").is_file():
+            return
+        if self.resumed:
             shutil.rmtree(self.logs, ignore_errors=True)
+        elif not any((self.folder / CHECKPOINTS).glob("*.ckpt")):
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def run_name(config: Path) -> str:
