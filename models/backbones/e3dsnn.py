@@ -206,29 +206,20 @@ class SpikeEncoder(SparseEncoder):
         neuron: makes what stands before every convolution but the first and the last.
     """
 
-    stride = 8
-
     def __init__(self, in_channels: int, channels: Sequence[int], depths: Sequence[int], neuron: NeuronFactory) -> None:
-        super().__init__()
-        one, *stages, four, self.out_channels = channels
+        super().__init__(channels)
+        one, *_, four, out = channels
         self.conv_input = _stem(in_channels, one, neuron)
         self.conv1 = SparseSequential(_spiking(neuron, _conv(one, one)))
-        for i, ((below, width), depth) in enumerate(zip(pairwise([one, *stages, four]), depths, strict=True)):
+        for i, ((below, width), depth) in enumerate(zip(pairwise(channels[:-1]), depths, strict=True)):
             self.add_module(f"conv{i + 2}", SpikeStage(below, width, depth, neuron, kernel=3, padding=1))
-        last = SparseConv3d(four, self.out_channels, (1, 1, 3), stride=(1, 1, 2), bias=False)
-        self.conv_out = SparseSequential(last, VoxelBatchNorm(self.out_channels), neuron())
-        self.feature_info = [FeatureInfo(f"conv{i + 1}", width, 2**i) for i, width in enumerate(channels[:-1])]
+        last = SparseConv3d(four, out, (1, 1, 3), stride=(1, 1, 2), bias=False)
+        self.conv_out = SparseSequential(last, VoxelBatchNorm(out), neuron())
 
     def height(self, cells: int) -> int:
         for _ in range(3):
             cells = (cells - 1) // 2 + 1
         return (cells - 3) // 2 + 1
-
-    def forward(self, voxels: Voxels) -> tuple[Voxels, dict[str, Voxels]]:
-        voxels, levels = self.conv_input(voxels), {}
-        for info in self.feature_info:
-            voxels = levels[info.name] = self.get_submodule(info.name)(voxels)
-        return self.conv_out(voxels), levels
 
 
 class E3DSNNDetector(VoxelBevBackbone):

@@ -13,11 +13,9 @@ from collections.abc import Sequence
 from torch import nn
 
 from pc3d.errors import InputError
-from pc3d.nn.backbone import FeatureInfo
 from pc3d.nn.bev import BevGrid, SparseEncoder, VoxelBevBackbone
 from pc3d.nn.bev_neck import MultiScaleNeck
 from pc3d.sparse import SparseConv3d, SparseConvolution, SparseSequential, SubMConv3d, VoxelBatchNorm
-from pc3d.voxels import Voxels
 
 
 class SECONDEncoder(SparseEncoder):
@@ -28,29 +26,20 @@ class SECONDEncoder(SparseEncoder):
         channels: width of the four levels, and of the result.
     """
 
-    stride = 8
-
     def __init__(self, in_channels: int, channels: Sequence[int]) -> None:
-        super().__init__()
-        one, two, three, four, self.out_channels = channels
+        super().__init__(channels)
+        one, two, three, four, out = channels
         self.conv_input = _layer(SubMConv3d(in_channels, one, 3, bias=False))
         self.conv1 = SparseSequential(_layer(SubMConv3d(one, one, 3, bias=False)))
         self.conv2 = _level(one, two, padding=(1, 1, 1))
         self.conv3 = _level(two, three, padding=(1, 1, 1))
         self.conv4 = _level(three, four, padding=(1, 1, 0))
-        self.conv_out = _layer(SparseConv3d(four, self.out_channels, (1, 1, 3), stride=(1, 1, 2), bias=False))
-        self.feature_info = [FeatureInfo(f"conv{i + 1}", width, 2**i) for i, width in enumerate(channels[:4])]
+        self.conv_out = _layer(SparseConv3d(four, out, (1, 1, 3), stride=(1, 1, 2), bias=False))
 
     def height(self, cells: int) -> int:
         for padding in (1, 1, 0, 0):
             cells = (cells + 2 * padding - 3) // 2 + 1
         return cells
-
-    def forward(self, voxels: Voxels) -> tuple[Voxels, dict[str, Voxels]]:
-        voxels, levels = self.conv_input(voxels), {}
-        for info in self.feature_info:
-            voxels = levels[info.name] = self.get_submodule(info.name)(voxels)
-        return self.conv_out(voxels), levels
 
 
 class SECOND(VoxelBevBackbone):

@@ -21,7 +21,7 @@ from pc3d.errors import InputError
 from pc3d.losses.detection import sigmoid_focal
 from pc3d.nn.bev import BevGrid
 from pc3d.ops.boxes import decode_boxes, encode_boxes, nearest_iou, wrap_angle
-from pc3d.tasks.heads import DetectionHead, Suppression, check_counts
+from pc3d.tasks.heads import ProposalHead, Suppression, check_counts
 
 _DIRECTION_OFFSET = 0.78539  # radians, as published
 _DIRECTIONS = 2
@@ -87,7 +87,7 @@ class AnchorTargets(NamedTuple):
     residuals: Tensor
 
 
-class AnchorHead(DetectionHead[AnchorOutput]):
+class AnchorHead(ProposalHead[AnchorOutput]):
     """Boxes as corrections of anchors that stand in rows on the ground.
 
     Args:
@@ -100,7 +100,6 @@ class AnchorHead(DetectionHead[AnchorOutput]):
     """
 
     anchors: Tensor
-    proposes = True
 
     def __init__(
         self,
@@ -114,7 +113,7 @@ class AnchorHead(DetectionHead[AnchorOutput]):
         max_boxes: int = 500,
     ) -> None:
         super().__init__()
-        check_counts(nms_candidates=nms_candidates, max_boxes=max_boxes)
+        check_counts("head", nms_candidates=nms_candidates, max_boxes=max_boxes)
         self.settings = list(KITTI_ANCHORS) if anchors is None else list(anchors)
         self.weights = {"class": class_weight, "box": box_weight, "direction": direction_weight}
         self.score_threshold = score_threshold

@@ -17,7 +17,7 @@ from pc3d.errors import InputError
 from pc3d.losses.detection import center_focal, upright_diou
 from pc3d.nn.bev import BevGrid
 from pc3d.ops.boxes import box_iou, rotated_nms
-from pc3d.tasks.heads import DetectionHead, check_counts
+from pc3d.tasks.heads import DetectionHead, Suppression, check_counts
 
 _HEAT_BIAS = -2.19  # about a probability of 0.1
 _ROUNDING = torch.finfo(torch.float64).eps
@@ -127,7 +127,7 @@ class CenterHead(DetectionHead[list[Maps]]):
     ) -> None:
         super().__init__()
         counts = {"num_conv": num_conv, "shared_channels": shared_channels, "max_objects": max_objects}
-        check_counts(**counts, max_peaks=max_peaks, nms_candidates=nms_candidates, max_boxes=max_boxes)
+        check_counts("head", **counts, max_peaks=max_peaks, nms_candidates=nms_candidates, max_boxes=max_boxes)
         if not 0 < overlap < 1 or min_radius < 0:
             raise InputError(
                 f"head.overlap {overlap} must lie between 0 and 1, head.min_radius {min_radius} must not be negative"
@@ -285,11 +285,9 @@ class CenterHead(DetectionHead[list[Maps]]):
 
     def _suppressed(self, found: Boxes, members: Sequence[int]) -> Boxes:
         assert found.scores is not None
-        order = found.scores.sort(descending=True, stable=True).indices
         if not isinstance(self.nms_threshold, list):
-            found = found.take(order[: self.nms_candidates])
-            assert found.scores is not None
-            return found.take(rotated_nms(found.boxes, found.scores, self.nms_threshold, limit=self.max_boxes))
+            return Suppression(self.nms_candidates, self.nms_threshold, self.max_boxes)(found)
+        order = found.scores.sort(descending=True, stable=True).indices
         candidates = [order[found.labels[order] == number][: self.nms_candidates] for number in members]
         found = found.take(torch.cat(candidates))
         assert found.scores is not None

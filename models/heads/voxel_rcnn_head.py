@@ -28,7 +28,7 @@ from pc3d.nn.spiking import SpikingNeuron
 from pc3d.ops.boxes import box_corners, box_iou_table, decode_boxes, encode_boxes, turn
 from pc3d.ops.voxel_query import voxel_query
 from pc3d.sparse import VoxelBatchNorm
-from pc3d.tasks.heads import RefinementHead, Suppression
+from pc3d.tasks.heads import RefinementHead, Suppression, check_counts
 from pc3d.voxels import Voxels
 
 NeuronFactory = Callable[[], SpikingNeuron]
@@ -53,6 +53,11 @@ class PooledLevel(Configurable):
     channels: int = 32
     samples: int = 16
     reach: int = 4
+
+    def __post_init__(self) -> None:
+        check_counts("refine.levels", channels=self.channels, samples=self.samples, reach=self.reach)
+        if not self.radius > 0:
+            raise InputError(f"refine.levels.radius is {self.radius}: it must be positive")
 
 
 KITTI_LEVELS = (PooledLevel("conv2", 0.4), PooledLevel("conv3", 0.8), PooledLevel("conv4", 1.6))
@@ -111,6 +116,16 @@ class VoxelRCNNHead(RefinementHead):
         final: Suppression = Suppression(4096, 0.1, 500),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
+        check_counts("refine", grid_size=grid_size, channels=channels, samples=samples)
+        for name, share in (
+            ("positive_share", positive_share),
+            ("hard_share", hard_share),
+            ("box_overlap", box_overlap),
+        ):
+            if not 0 <= share <= 1:
+                raise InputError(f"refine.{name} is {share}: it must lie between 0 and 1")
+        if not 0 <= dropout < 1:
+            raise InputError(f"refine.dropout is {dropout}: it must be at least 0 and below 1")
         if not score_overlap[0] < score_overlap[1]:
             raise InputError(f"refine.score_overlap {list(score_overlap)} must rise")
         self.settings = list(KITTI_LEVELS) if levels is None else list(levels)
@@ -287,13 +302,16 @@ class VoxelPool(nn.Module):
         mean, variance = norm.running_mean, norm.running_var
         assert mean is not None
         assert variance is not None
+        assert norm.momentum is not None
         if self.training:
             ways, weight = way.flatten(0, 1).double(), layer.weight.double()
             middle = ways.mean(0)
-            spread = (ways - middle).T @ (ways - middle) / len(ways)
-            batch_mean, batch_variance = weight @ middle, ((weight @ spread) * weight).sum(1)
+            apart = ways - middle
+            spread = torch.stack([(apart * column[:, None]).mean(0) for column in apart.unbind(1)])
+            batch_mean = (weight * middle).sum(1)
+            batch_variance = (weight[:, :, None] * spread * weight[:, None]).sum((1, 2))
             with torch.no_grad():
-                rate, unbiased = norm.momentum or 0.0, len(ways) / max(len(ways) - 1, 1)
+                rate, unbiased = norm.momentum, len(ways) / max(len(ways) - 1, 1)
                 mean.lerp_(batch_mean.to(mean), rate)
                 variance.lerp_((batch_variance * unbiased).to(variance), rate)
                 if norm.num_batches_tracked is not None:
@@ -308,7 +326,7 @@ class VoxelPool(nn.Module):
         The place is the same for all rows, so one table of the voxels tells which is the largest.
         """
         with torch.no_grad():
-            table = feat + center @ weight.T
+            table = feat + (center[:, None] * weight).sum(2)  # no matrix product: autocast would round coordinates
             largest, best = table[rows[:, 0]], rows[:, :1].expand(-1, feat.shape[1])
             for row in rows[:, 1:].unbind(1):
                 rival = table[row]

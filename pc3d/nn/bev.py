@@ -22,6 +22,7 @@ from pc3d.ops.segment import segment_mean
 from pc3d.ops.voxelize import UniqueVoxels, unique_voxels
 from pc3d.points import Points
 from pc3d.sparse.dense import to_dense
+from pc3d.sparse.sequence import SparseModule
 from pc3d.voxels import Voxels
 
 _WHOLE = 1e-3  # how far a range may be from a whole number of voxels, in voxels
@@ -149,9 +150,7 @@ class BevGrid(Configurable):
         voxel = voxels.point_to_voxel
         counts = torch.bincount(voxel, minlength=len(voxels))
         borders = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        low, size = (points.coord.new_tensor(list(v)) for v in (self.point_range[:3], self.voxel_size))
-        center = (voxels.coord[:, 1:] + 0.5) * size + low
-        mean = segment_mean(points.coord, borders)
+        mean, center = segment_mean(points.coord, borders), self.centers(voxels.coord[:, 1:])
         return torch.cat([points.get("feat"), points.coord - mean[voxel], points.coord - center[voxel]], 1), borders
 
 
@@ -199,7 +198,13 @@ class BevBackbone(PointNetwork):
 
 
 class SparseEncoder(nn.Module, abc.ABC):
-    """Sparse convolutions over voxels of a :class:`BevGrid`; all axes have the same stride but in the last layer.
+    """Sparse convolutions over voxels of a :class:`BevGrid`, each level half as fine as the one before.
+
+    A subclass has ``conv_input``, a module for every level by its name, ``conv1`` the finest, and ``conv_out``, which
+    changes heights only.
+
+    Args:
+        channels: width of every level, and of the result.
 
     Attributes:
         stride: of the result along x and y.
@@ -207,17 +212,24 @@ class SparseEncoder(nn.Module, abc.ABC):
         feature_info: the levels, the result left out.
     """
 
-    stride: int
-    out_channels: int
-    feature_info: Sequence[FeatureInfo]
+    conv_input: SparseModule
+    conv_out: SparseModule
+
+    def __init__(self, channels: Sequence[int]) -> None:
+        super().__init__()
+        self.feature_info = [FeatureInfo(f"conv{i + 1}", width, 2**i) for i, width in enumerate(channels[:-1])]
+        self.stride, self.out_channels = self.feature_info[-1].stride, channels[-1]
 
     @abc.abstractmethod
     def height(self, cells: int) -> int:
         """Cells along z that the encoder leaves of so many; 0 or less: too few."""
 
-    @abc.abstractmethod
     def forward(self, voxels: Voxels) -> tuple[Voxels, dict[str, Voxels]]:
         """The result, and the voxels of every level by the names of ``feature_info``."""
+        voxels, levels = self.conv_input(voxels), {}
+        for info in self.feature_info:
+            voxels = levels[info.name] = self.get_submodule(info.name)(voxels)
+        return self.conv_out(voxels), levels
 
 
 class VoxelBevBackbone(BevBackbone):

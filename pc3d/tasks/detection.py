@@ -23,7 +23,7 @@ from pc3d.nn.bev import BevBackbone
 from pc3d.ops.boxes import points_in_boxes
 from pc3d.points import Points
 from pc3d.tasks.base import ADAMW, ONECYCLE, PointTask
-from pc3d.tasks.heads import DetectionHead, RefinementHead
+from pc3d.tasks.heads import DetectionHead, ProposalHead, RefinementHead, Suppression
 from pc3d.tasks.inference import check_cloud
 from pc3d.tasks.optim import OptimizerConfig, ScheduleConfig
 from pc3d.voxels import Voxels
@@ -66,7 +66,7 @@ class Detection(PointTask):
         head.build(backbone.out_channels, self.class_names, backbone.grid, backbone.stride)
         self.head = head
         if refine is not None:
-            if not head.proposes:
+            if not isinstance(head, ProposalHead):
                 raise InputError(f"model.refine: {type(head).__name__} proposes nothing to refine; use AnchorHead")
             refine.build(backbone.grid, backbone.feature_info)
         self.refine = refine
@@ -86,7 +86,11 @@ class Detection(PointTask):
     def _found(self, output: Any, levels: dict[str, Voxels]) -> list[Boxes]:
         if self.refine is None:
             return self.head.detections(output)
-        return self.refine.detections(levels, self.head.proposals(output, self.refine.suppression))
+        return self.refine.detections(levels, self._proposals(output, self.refine.suppression))
+
+    def _proposals(self, output: Any, rule: Suppression) -> list[Boxes]:
+        assert isinstance(self.head, ProposalHead)
+        return self.head.proposals(output, rule)
 
     def truth(self, points: Points) -> list[Boxes]:
         """The boxes to be found in every cloud."""
@@ -102,7 +106,7 @@ class Detection(PointTask):
         truth = self.truth(batch)
         losses = self.head.losses(output, truth)
         if self.refine is not None:
-            proposals = self.head.proposals(output, self.refine.training_suppression)
+            proposals = self._proposals(output, self.refine.training_suppression)
             losses |= self.refine.losses(levels, proposals, truth)
         self.log_rates(len(batch))
         return self.log_losses(losses, "train", len(batch))

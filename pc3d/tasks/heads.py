@@ -5,7 +5,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -129,6 +129,11 @@ class Suppression(Configurable):
     overlap: float
     kept: int
 
+    def __post_init__(self) -> None:
+        check_counts("suppression", candidates=self.candidates, kept=self.kept)
+        if not 0 <= self.overlap <= 1:
+            raise InputError(f"suppression.overlap is {self.overlap}: it must lie between 0 and 1")
+
     def __call__(self, found: Boxes) -> Boxes:
         assert found.scores is not None
         found = found.take(found.scores.sort(descending=True, stable=True).indices[: self.candidates])
@@ -140,13 +145,7 @@ Predicted = TypeVar("Predicted")
 
 
 class DetectionHead(nn.Module, Configurable, ABC, Generic[Predicted]):
-    """From a map seen from above to boxes. A task calls :meth:`build` once, before anything else.
-
-    Attributes:
-        proposes: whether :meth:`proposals` gives a second stage something to correct.
-    """
-
-    proposes: ClassVar[bool] = False
+    """From a map seen from above to boxes. A task calls :meth:`build` once, before anything else."""
 
     @abstractmethod
     def build(self, in_channels: int, class_names: list[str], grid: BevGrid, stride: int) -> None:
@@ -163,13 +162,17 @@ class DetectionHead(nn.Module, Configurable, ABC, Generic[Predicted]):
     def detections(self, output: Predicted) -> list[Boxes]:
         """Boxes of every cloud with scores, overlapping ones removed, best first; float32."""
 
+
+class ProposalHead(DetectionHead[Predicted]):
+    """A :class:`DetectionHead` that gives a second stage something to correct."""
+
+    @abstractmethod
     def proposals(self, output: Predicted, rule: Suppression) -> list[Boxes]:
-        """Boxes of every cloud for a second stage, however unlikely, best first; without gradients."""
-        raise NotImplementedError
+        """Boxes of every cloud, however unlikely, best first; without gradients."""
 
 
 class RefinementHead(nn.Module, Configurable, ABC):
-    """A second stage: corrects the boxes of a :class:`DetectionHead` by the voxels around them.
+    """A second stage: corrects the boxes of a :class:`ProposalHead` by the voxels around them.
 
     A task calls :meth:`build` once, before anything else.
 
@@ -193,11 +196,11 @@ class RefinementHead(nn.Module, Configurable, ABC):
         """The corrected boxes of every cloud with new scores, overlapping ones removed, best first; float32."""
 
 
-def check_counts(**counts: int) -> None:
-    """Raises InputError for an option of a head, by name, that is below 1."""
+def check_counts(part: str, **counts: int) -> None:
+    """Raises InputError for an option of a part of a task, by name, that is below 1."""
     for name, count in counts.items():
         if count < 1:
-            raise InputError(f"head.{name} is {count}: it must be at least 1")
+            raise InputError(f"{part}.{name} is {count}: it must be at least 1")
 
 
 def instance_targets(points: Points, things: Tensor) -> tuple[Tensor, Tensor]:

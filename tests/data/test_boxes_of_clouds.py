@@ -49,8 +49,11 @@ def test_points_stay_in_their_boxes(move: T.Transform) -> None:
     assert torch.equal(inside, points_in_boxes(before.coord, torch.tensor(BOXES)))
     assert inside[:8, 0].all()
     assert inside[8:16, 1].all()
+
     # Corners keep their numbers when turned; mirrored ones change sides, but the front stays the front.
-    front = lambda b: box_corners(b)[:, [0, 1, 4, 5]].mean(1)  # noqa: E731
+    def front(own: torch.Tensor) -> torch.Tensor:
+        return box_corners(own)[:, [0, 1, 4, 5]].mean(1)
+
     local = Points(front(torch.tensor(BOXES, dtype=torch.float64)).float())
     if not isinstance(move, (T.CenterShift, T.PositiveShift)) and getattr(move, "center", ()) is not None:
         moved = move(local, torch.Generator().manual_seed(1)).coord

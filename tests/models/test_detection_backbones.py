@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from detectors import clouds, small_second
 from torch import nn
 
 from pc3d.config import instantiate
@@ -16,30 +17,15 @@ from pc3d.models.convert.kernels import KernelLayout, write_kernel
 from pc3d.models.heads import AnchorHead
 from pc3d.nn.bev import BevGrid, bev_map
 from pc3d.nn.bev_neck import MultiScaleNeck
-from pc3d.points import Points
 from pc3d.sparse import SparseConvolution
 from pc3d.voxels import Voxels
 
 CLASSES = ["Car", "Pedestrian", "Cyclist"]
 
 
-def small_second() -> SECOND:
-    grid = BevGrid([0, -3.2, -3, 6.4, 3.2, 1], [0.1, 0.1, 0.16])
-    return SECOND(4, grid, (4, 4, 8, 8, 8), neck_layers=(1, 1), neck_channels=(8, 8), up_channels=(8, 8))
-
-
 def small_pillars() -> PointPillars:
     grid = BevGrid([0, -3.2, -3, 6.4, 3.2, 1], [0.2, 0.2, 4])
     return PointPillars(4, grid, 8, 6, None, (1, 1, 1), (2, 2, 2), (8, 8, 8), (1, 2, 4), (8, 8, 8))
-
-
-def clouds(*counts: int) -> Points:
-    generator = torch.Generator().manual_seed(0)
-    made = []
-    for count in counts:
-        coord = torch.rand(count, 3, generator=generator) * torch.tensor([6.4, 6.4, 4]) - torch.tensor([0, 3.2, 3])
-        made.append(Points(coord, attrs={"feat": torch.cat([coord, coord[:, :1]], 1)}))
-    return Points.cat(made)
 
 
 @pytest.mark.parametrize("make", [small_second, small_pillars])

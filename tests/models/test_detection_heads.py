@@ -135,7 +135,10 @@ def test_anchor_detections_keep_to_their_limits() -> None:
     logits[0, rows, 0] = torch.tensor([1.0, 0.0, 2.0])  # far apart; the second is as likely as it must be
     residuals, directions = torch.zeros(1, len(head.anchors), 7), torch.zeros(1, len(head.anchors), 2)
     output = AnchorOutput(logits, residuals, directions)
-    places = lambda: head.detections(output)[0].boxes[:, :2].tolist()  # noqa: E731
+
+    def places() -> list[list[float]]:
+        return head.detections(output)[0].boxes[:, :2].tolist()
+
     best_first = head.anchors[rows[[2, 0, 1]], :2].tolist()
     assert places() == best_first
     head.nms_candidates = 2

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from detectors import GRID, clouds, small_second
 from torch import nn
 
 from pc3d.config import instantiate
@@ -22,18 +23,12 @@ from pc3d.nn.bev import BevGrid
 from pc3d.nn.spiking import SpikingNeuron
 from pc3d.ops.boxes import box_iou, box_iou_table, encode_boxes
 from pc3d.ops.voxel_query import voxel_query
-from pc3d.points import Points
 from pc3d.sparse import SparseConvolution
 from pc3d.tasks import Detection
 from pc3d.tasks.heads import Suppression
 from pc3d.voxels import Voxels
 
-GRID = BevGrid([0, -3.2, -3, 6.4, 3.2, 1], [0.1, 0.1, 0.16])
 LEVELS = [PooledLevel("conv2", 0.6, 5, 4), PooledLevel("conv4", 2.0, 3, 4)]
-
-
-def second() -> SECOND:
-    return SECOND(4, GRID, (4, 4, 8, 8, 8), neck_layers=(1, 1), neck_channels=(8, 8), up_channels=(8, 8))
 
 
 def spiking() -> E3DSNNDetector:
@@ -44,15 +39,6 @@ def task(backbone: nn.Module, **options: object) -> Detection:
     torch.manual_seed(0)
     refine = VoxelRCNNHead(LEVELS, 3, 16, samples=16, score_threshold=0.0, **options)
     return Detection(backbone, ["Car", "Pedestrian", "Cyclist"], AnchorHead(), refine)
-
-
-def batch(*counts: int) -> Points:
-    generator = torch.Generator().manual_seed(0)
-    made = []
-    for count in counts:
-        coord = torch.rand(count, 3, generator=generator) * torch.tensor([6.4, 6.4, 4]) - torch.tensor([0, 3.2, 3])
-        made.append(Points(coord, attrs={"feat": torch.cat([coord, coord[:, :1]], 1)}))
-    return Points.cat(made)
 
 
 def boxes(count: int, seed: int = 0) -> torch.Tensor:
@@ -151,6 +137,23 @@ def test_training_of_the_pool_equals_the_layers_it_is_made_of() -> None:
     torch.testing.assert_close(dict(pool.named_buffers()), dict(plain.named_buffers()))
 
 
+def test_places_are_not_rounded_under_autocast() -> None:
+    """Far from the origin bfloat16 tells no neighbours apart; only what the voxels say is rounded."""
+    torch.manual_seed(0)
+    pool = VoxelPool(3, PooledLevel("level", 1.5, 6, 5, 2), None).eval()
+    coord = torch.cartesian_prod(torch.arange(1), torch.arange(5), torch.arange(5), torch.arange(4)).int()
+    voxels, center = Voxels(coord, torch.zeros(len(coord), 3), 1), coord[:, 1:] + 60.5
+    cells = coord[::7]
+    places = center[::7] + 0.3
+    table = {}
+    hook = pool.activation.register_forward_hook(lambda _, given, out: table.setdefault(len(table), given[0]))
+    pool(voxels, center, cells, places)
+    with torch.autocast("cpu", torch.bfloat16):
+        pool(voxels, center, cells, places)
+    hook.remove()
+    torch.testing.assert_close(table[1].float(), table[0], atol=1e-5, rtol=1e-5)
+
+
 def test_samples() -> None:
     head = VoxelRCNNHead(samples=10)
     truth = Boxes(boxes(2), torch.tensor([0, 1]))
@@ -200,11 +203,11 @@ def test_losses_of_perfect_and_of_wrong_corrections(monkeypatch: pytest.MonkeyPa
     assert losses["refine_corner"] > 0.1
 
 
-@pytest.mark.parametrize("make", [second, spiking])
+@pytest.mark.parametrize("make", [small_second, spiking])
 @pytest.mark.parametrize("spikes", [None, 4])
 def test_a_task_learns_and_finds(make, spikes: int | None) -> None:
     model = task(make(), spikes=spikes)
-    points, truth = batch(400, 300), [Boxes(boxes(2), torch.tensor([0, 2])), Boxes(boxes(0), torch.tensor([]).long())]
+    points, truth = clouds(400, 300), [Boxes(boxes(2), torch.tensor([0, 2])), Boxes(boxes(0), torch.tensor([]).long())]
     output, levels = model._outputs(points)
     proposals = model.head.proposals(output, model.refine.training_suppression)
     assert all(0 < len(own) <= 512 and not own.boxes.requires_grad for own in proposals)
@@ -229,9 +232,9 @@ def test_a_task_learns_and_finds(make, spikes: int | None) -> None:
 
 
 def test_nothing_to_refine() -> None:
-    model = task(second())
+    model = task(small_second())
     none = Boxes(torch.zeros(0, 7), torch.zeros(0, dtype=torch.long), torch.zeros(0))
-    _, levels = model._outputs(batch(300, 200))
+    _, levels = model._outputs(clouds(300, 200))
     losses = model.refine.losses(levels, [none, none], [none, none])
     assert set(losses) == {"refine_class", "refine_box", "refine_corner"}
     assert all(float(loss) == 0 for loss in losses.values())
@@ -246,9 +249,22 @@ def test_nothing_to_refine() -> None:
 
 def test_wrong_settings_are_refused() -> None:
     with pytest.raises(InputError, match="CenterHead proposes nothing"):
-        Detection(second(), ["Car"], CenterHead(), VoxelRCNNHead(LEVELS))
+        Detection(small_second(), ["Car"], CenterHead(), VoxelRCNNHead(LEVELS))
     with pytest.raises(InputError, match=r"no level conv9 \(it has conv1, conv2, conv3, conv4\)"):
-        Detection(second(), ["Car"], AnchorHead(), VoxelRCNNHead([PooledLevel("conv9", 1.0)]))
+        Detection(small_second(), ["Car"], AnchorHead(), VoxelRCNNHead([PooledLevel("conv9", 1.0)]))
+    for options, message in [
+        ({"samples": 0}, "refine.samples is 0: it must be at least 1"),
+        ({"grid_size": 0}, "refine.grid_size is 0"),
+        ({"positive_share": 1.5}, "refine.positive_share is 1.5: it must lie between 0 and 1"),
+        ({"dropout": 1.0}, "refine.dropout is 1.0"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            VoxelRCNNHead(**options)
+    for wrong in ((0, 0.5, 5), (5, 1.5, 5), (5, 0.5, 0)):
+        with pytest.raises(InputError, match=r"suppression\."):
+            Suppression(*wrong)
+    with pytest.raises(InputError, match=r"refine\.levels\.radius is 0"):
+        PooledLevel("conv2", 0.0)
     with pytest.raises(InputError, match="must rise"):
         VoxelRCNNHead(score_overlap=(0.5, 0.5))
     with pytest.raises(InputError, match=r"E3DSNNDetector: grid has 15 voxels along z, 16 at least"):
@@ -276,7 +292,7 @@ def test_published_sizes() -> None:
 
 @pytest.mark.parametrize("spikes", [None, 4])
 def test_published_names(spikes: int | None) -> None:
-    model, other = (task(second() if spikes is None else spiking(), spikes=spikes) for _ in range(2))
+    model, other = (task(small_second() if spikes is None else spiking(), spikes=spikes) for _ in range(2))
     convs = {f"{n}.weight": m for n, m in model.backbone.named_modules() if isinstance(m, SparseConvolution)}
     state = {}
     for name, value in model.backbone.state_dict().items():
