@@ -1,4 +1,4 @@
-// Graph segmentation on the CPU: edges of a neighbour graph, edge weights, and the merge of Felzenszwalb and
+// Graph segmentation on the CPU: edges of a neighbour graph, and the merge of Felzenszwalb and
 // Huttenlocher ("Efficient graph-based image segmentation", IJCV 2004). The merge is serial; everything else writes each
 // result from one place, so nothing depends on the number of threads.
 #include <nanobind/stl/optional.h>
@@ -24,7 +24,7 @@ namespace pc3d {
 namespace {
 
 constexpr int64_t kBlock = 1 << 12;  // rows of one task
-constexpr int64_t kAhead = 8;        // edges prefetched ahead of the merge
+constexpr int64_t kAhead = 8;        // edges, and rows, prefetched ahead of their turn
 
 struct Edge {
   int32_t a, b;
@@ -39,107 +39,133 @@ void parallel_rows(int64_t rows, Row &&row) {
 
 const Edge *as_edges(const Array<const int32_t, 2> &edges, int64_t rows) {
   if (edges.shape(1) != 2) throw std::invalid_argument("edges must be (M, 2)");
-  const int32_t *at = edges.data(), *end = at + edges.size();
-  bool inside = true;
-  for (; at < end; ++at) inside &= *at >= 0 && *at < rows;
-  if (!inside) throw std::invalid_argument("an edge names a point outside 0.." + std::to_string(rows - 1));
+  if (!inside(edges.data(), edges.size(), rows)) throw std::invalid_argument("an edge names a point outside 0.." + std::to_string(rows - 1));
   return reinterpret_cast<const Edge *>(edges.data());
 }
 
-// Sorts n numbers and drops those that come again; the number left. `out` has room for kFew.
-constexpr int64_t kFew = 32;
-int64_t sort_few(const int32_t *values, int64_t n, int32_t *out) {
-  typedef int32_t Four __attribute__((vector_size(16)));
-  constexpr int32_t kNone = std::numeric_limits<int32_t>::max();
-  alignas(16) int32_t own[kFew], rank[kFew], at_rank[kFew];
-  const int64_t size = (n + 7) / 8 * 8;
-  for (int64_t i = 0; i < size; ++i) own[i] = i < n ? values[i] : kNone, at_rank[i] = kNone;
-  for (int64_t i = 0; i < size; i += 8) {  // how many are less: equal ones share the place of the first
-    const Four low = *reinterpret_cast<Four *>(own + i), high = *reinterpret_cast<Four *>(own + i + 4);
-    Four less_low{}, less_high{};
-    for (int64_t j = 0; j < n; ++j) {
-      const Four other = Four{} + own[j];
-      less_low -= other < low, less_high -= other < high;
+// The first neighbours of each row, `stride` apart, in registers of 4: one list holds the row itself, and may hold it again.
+// `Count` of them, or `count` where that is 0.
+template <int64_t Count>
+class Lists {
+ public:
+  Lists(const int32_t *rows, int64_t stride, int64_t count) : rows_(rows), stride_(stride), count_(count) {
+    for (int64_t i = 0; i < 4; ++i) rest_[i] = whole() + i < this->count() ? -1 : 0;
+  }
+  int64_t count() const { return Count ? Count : count_; }
+  // Whether each list has its own row, once, and nothing that is not a row.
+  bool complete(int64_t rows) const {
+    bool complete = true;
+    for (int32_t i = 0; i < rows; ++i) {
+      const int32_t *own = of(i);
+      int32_t same = 0;
+      for (int64_t n = 0; n < count(); ++n) same += own[n] == i;
+      complete &= same == 1 && inside(own, count(), rows);
     }
-    *reinterpret_cast<Four *>(rank + i) = less_low, *reinterpret_cast<Four *>(rank + i + 4) = less_high;
+    return complete;
   }
-  for (int64_t i = 0; i < n; ++i) at_rank[rank[i]] = own[i];
-  int64_t kept = 0;
-  for (int64_t i = 0; i < n; ++i) out[kept] = at_rank[i], kept += at_rank[i] != kNone;
-  return kept;
-}
+  const int32_t *of(int64_t row) const { return rows_ + row * stride_; }
+  bool names(int64_t row, int32_t other) const {
+    const int32_t *own = of(row);
+    Four same = (four(own + whole()) == other) & rest_;
+    for (int64_t i = 0; i < whole(); i += 4) same |= four(own + i) == other;
+    const Two halves = reinterpret_cast<Two>(same);
+    return (halves[0] | halves[1]) != 0;
+  }
 
-int64_t sort_distinct(int32_t *values, int64_t n) {
-  if (n > kFew) {
-    std::sort(values, values + n);
-    return std::unique(values, values + n) - values;
+ private:
+  typedef int32_t Four __attribute__((vector_size(16)));
+  typedef int32_t Loose __attribute__((vector_size(16), aligned(4), may_alias));
+  typedef int64_t Two __attribute__((vector_size(16)));
+  static Four four(const int32_t *p) { return *reinterpret_cast<const Loose *>(p); }
+  int64_t whole() const { return (count() - 1) / 4 * 4; }
+
+  const int32_t *rows_;
+  int64_t stride_, count_;
+  Four rest_;
+};
+
+// Each pair of a row and another in its list once, (smaller, larger), sorted.
+//
+// A pair is put where its smaller row has its pairs, when it is the turn of its larger row. Rows that only their smaller row
+// names wait in a chain for that turn.
+template <int64_t Count>
+Buffer<int32_t> distinct_pairs(const Lists<Count> &lists, int64_t rows) {
+  struct Waiting {
+    int32_t row, next;
+  };
+  std::vector<Waiting> waiting;
+  std::vector<int32_t> chains(rows, -1), found(lists.count());
+  std::vector<int64_t> starts(rows + 1);
+  int32_t *const chain = chains.data(), *const larger = found.data();
+  int64_t *const next = starts.data();
+  for (int32_t i = 0; i < rows; ++i) {
+    const int32_t *own = lists.of(i);
+    if (i + kAhead < rows)
+      for (int64_t n = 0; n < lists.count(); ++n) __builtin_prefetch(lists.of(lists.of(i + kAhead)[n]));
+    int64_t count = 0;
+    for (int64_t n = 0; n < lists.count(); ++n) {
+      const int32_t other = own[n];
+      larger[count] = other;
+      count += other > i;
+      next[other + 1] += other < i;
+    }
+    for (int64_t n = 0; n < count; ++n) {
+      if (lists.names(larger[n], i)) continue;
+      waiting.push_back({i, chain[larger[n]]});
+      chain[larger[n]] = static_cast<int32_t>(waiting.size()) - 1;
+      ++next[i + 1];
+    }
   }
-  int32_t sorted[kFew];
-  const int64_t kept = sort_few(values, n, sorted);
-  std::copy(sorted, sorted + kept, values);
-  return kept;
+  std::partial_sum(starts.begin(), starts.end(), starts.begin());
+  const int64_t total = starts[rows];
+  Buffer<int32_t> ends(2 * (total + 1));  // one more, for what is not put
+  Edge *const edges = reinterpret_cast<Edge *>(ends.data());
+  for (int32_t i = 0; i < rows; ++i) {
+    const int32_t *own = lists.of(i);
+    for (int64_t n = 0; n < lists.count(); ++n) {
+      const int32_t other = own[n];
+      const int64_t at = next[other];
+      edges[other < i ? at : total] = {other, i};
+      next[other] = at + (other < i);
+    }
+    for (int32_t at = chain[i]; at >= 0; at = waiting[at].next) edges[next[waiting[at].row]++] = {waiting[at].row, i};
+  }
+  // A row may name another twice.
+  const Edge *end = std::unique(edges, edges + total, [](Edge x, Edge y) { return x.a == y.a && x.b == y.b; });
+  ends.shrink(2 * (end - edges));
+  return ends;
 }
 
 // Each undirected pair of a neighbour table once, (smaller, larger), sorted; at most `k` neighbours of a row count.
 nb::object neighbour_edges(Array<const int32_t, 2> neighbours, int64_t k) {
+  constexpr int64_t kUsual = 11;  // a row and 10 neighbours
   const int64_t rows = neighbours.shape(0), width = neighbours.shape(1);
   if (k < 1 || rows > std::numeric_limits<int32_t>::max()) throw std::invalid_argument("a graph needs k above 0 and less than 2^31 points");
+  const auto registers = [](int64_t count) { return (count + 3) / 4; };
   Buffer<int32_t> ends;
   {
     nb::gil_scoped_release release;
-    const auto each = [&](int64_t i, auto &&take) {
-      const int32_t *other = neighbours.data() + i * width, *end = other + width;
-      for (int64_t n = 0; other < end && n < k; ++other)
-        if (*other >= 0 && *other < rows && *other != i) take(*other), ++n;
-    };
-    // A pair belongs to its smaller row, whichever row names it.
-    Buffer<int64_t> starts(rows + 1), next(rows), counts(rows + 1);
-    std::fill(starts.begin(), starts.end(), 0);
-    for (int64_t i = 0; i < rows; ++i) each(i, [&](int32_t other) { ++starts[std::min<int64_t>(i, other) + 1]; });
-    std::partial_sum(starts.begin(), starts.end(), starts.begin());
-    std::copy(starts.data(), starts.data() + rows, next.begin());
-    Buffer<int32_t> larger(starts[rows]);
-    for (int64_t i = 0; i < rows; ++i)
-      each(i, [&](int32_t other) { larger[next[std::min<int64_t>(i, other)]++] = static_cast<int32_t>(std::max<int64_t>(i, other)); });
-    counts[0] = 0;
-    parallel_rows(rows, [&](int64_t i) { counts[i + 1] = sort_distinct(larger.data() + starts[i], starts[i + 1] - starts[i]); });
-    std::partial_sum(counts.begin(), counts.end(), counts.begin());
-    ends = Buffer<int32_t>(2 * counts[rows]);
-    parallel_rows(rows, [&](int64_t i) {
-      int32_t *to = ends.data() + 2 * counts[i];
-      for (int64_t e = 0; e < counts[i + 1] - counts[i]; ++e) *to++ = static_cast<int32_t>(i), *to++ = larger[starts[i] + e];
-    });
+    const bool wide = k < width && 4 * registers(k + 1) <= width;
+    const Lists<kUsual> usual(neighbours.data(), width, kUsual);
+    const Lists<0> lists(neighbours.data(), width, k + 1);
+    if (wide && k + 1 == kUsual && usual.complete(rows)) {
+      ends = distinct_pairs(usual, rows);
+    } else if (wide && lists.complete(rows)) {
+      ends = distinct_pairs(lists, rows);
+    } else {
+      const int64_t most = std::min(k, width), stride = 4 * registers(most);
+      Buffer<int32_t> others(rows * stride);
+      parallel_rows(rows, [&](int64_t i) {
+        const int32_t *other = neighbours.data() + i * width, *end = other + width;
+        int32_t *own = others.data() + i * stride, *next = own;
+        for (; other < end && next < own + most; ++other)
+          if (*other >= 0 && *other < rows && *other != i) *next++ = *other;
+        std::fill(next, own + stride, static_cast<int32_t>(i));
+      });
+      ends = distinct_pairs(Lists<0>(others.data(), stride, most), rows);
+    }
   }
   return to_torch(std::move(ends), 2);
-}
-
-void edge_weights(Array<const float, 2> coord, Array<const float, 2> normal, Array<const int32_t, 2> edges, Array<float, 1> out) {
-  if (coord.shape(1) != 3 || normal.shape(1) != 3 || normal.shape(0) != coord.shape(0) || out.shape(0) != edges.shape(0))
-    throw std::invalid_argument("points, normals, edges and weights do not fit each other");
-  const Edge *edge = as_edges(edges, coord.shape(0));
-  nb::gil_scoped_release release;
-  const int64_t count = edges.shape(0);
-  parallel_tasks((count + kBlock - 1) / kBlock, [&](int64_t task) {
-    float apart[kBlock], along[kBlock];
-    const int64_t first = task * kBlock, size = std::min(kBlock, count - first);
-    for (int64_t e = 0; e < size; ++e) {
-      const int64_t i = edge[first + e].a, j = edge[first + e].b;
-      const float *x = coord.data() + 3 * i, *y = coord.data() + 3 * j, *n = normal.data() + 3 * i, *m = normal.data() + 3 * j;
-      apart[e] = 1.0f - ((n[0] * m[0] + n[1] * m[1]) + n[2] * m[2]);
-      along[e] = (m[0] * (y[0] - x[0]) + m[1] * (y[1] - x[1])) + m[2] * (y[2] - x[2]);
-    }
-    for (int64_t e = 0; e < size; ++e) {  // on its own: half of the edges are convex, which no branch predicts
-      const float w = along[e] > 0 ? apart[e] * apart[e] : apart[e];
-      out.data()[first + e] = w < 0 ? 0.0f : w;
-    }
-  });
-}
-
-uint64_t ascending_key(float value) {
-  uint32_t bits;
-  value += 0.0f;  // -0 and 0 are alike
-  std::memcpy(&bits, &value, 4);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
 // Edges (smaller, larger) between different rows, each once and sorted; rows are numbered anew by `place`.
@@ -188,61 +214,162 @@ void sorted_rows(Array<const float, 2> coord, Array<const int64_t, 1> offsets, A
   });
 }
 
+// Ascending as the values are; -0 and 0 are alike.
+uint32_t ascending_key(float value) {
+  uint32_t bits;
+  value += 0.0f;
+  std::memcpy(&bits, &value, 4);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+float value_of(uint32_t key) {
+  const uint32_t bits = key & 0x80000000u ? key ^ 0x80000000u : ~key;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// Components of points, joined by size.
+class Components {
+ public:
+  struct Part {
+    double threshold;
+    int32_t size;
+  };
+
+  Components(int64_t points, double threshold) : parents_(points), parts_(points) {
+    std::iota(parents_.begin(), parents_.end(), 0);
+    std::fill(parts_.begin(), parts_.end(), Part{threshold, 1});
+  }
+  void prefetch(int32_t point) const { __builtin_prefetch(parents_.data() + point); }
+  int32_t root(int32_t point) {
+    int32_t *const parents = parents_.data();
+    int32_t at = parents[parents[point]];
+    while (__builtin_expect(parents[at] != at, 0)) at = parents[at] = parents[parents[at]];
+    return parents[point] = at;
+  }
+  Part &operator[](int32_t root) { return parts_[root]; }
+  int32_t join(int32_t a, int32_t b) {
+    if (parts_[a].size < parts_[b].size) std::swap(a, b);
+    parents_[b] = a;
+    parts_[a].size += parts_[b].size;
+    return a;
+  }
+
+ private:
+  Buffer<int32_t> parents_;
+  Buffer<Part> parts_;
+};
+
+// Edges in ascending weight, ties in the order given, without a sort of them all: they are put into buckets, a bucket is sorted
+// when its turn comes, and by then most of its edges lie inside a component.
+class EdgeQueue {
+ public:
+  static constexpr int64_t kBuckets = 1024;
+
+  EdgeQueue(const Edge *edges, const float *weights, int64_t count) : items_(count), starts_(kBuckets + 1) {
+    float largest = -std::numeric_limits<float>::infinity();
+    for (int64_t e = 0; e < count; ++e) largest = weights[e] > largest ? weights[e] : largest;
+    const uint32_t last = ascending_key(largest) >> kShift;
+    first_ = last < kBuckets ? 0 : last - (kBuckets - 1);
+    const auto bucket = [&](float weight) {
+      const uint32_t at = ascending_key(weight) >> kShift;
+      return at > first_ ? at - first_ : 0;
+    };
+    std::fill(starts_.begin(), starts_.end(), 0);
+    for (int64_t e = 0; e < count; ++e) ++starts_[bucket(weights[e]) + 1];
+    std::partial_sum(starts_.begin(), starts_.end(), starts_.begin());
+    Buffer<int64_t> next(kBuckets);
+    std::copy(starts_.begin(), starts_.end() - 1, next.begin());
+    for (int64_t e = 0; e < count; ++e) items_[next[bucket(weights[e])]++] = {ascending_key(weights[e]), edges[e]};
+  }
+  // No edge of the bucket, nor of those after it, weighs less.
+  float least(int64_t bucket) const {
+    return bucket ? value_of((first_ + static_cast<uint32_t>(bucket)) << kShift) : -std::numeric_limits<float>::infinity();
+  }
+  // take(a, b, weight) for the edges of a bucket, from root to root; those inside a component, or that drop(a, b) would have
+  // away before the first is taken, are left out.
+  template <class Drop, class Take>
+  void each(int64_t bucket, Components &components, Drop &&drop, Take &&take) {
+    Item *const first = items_.data() + starts_[bucket], *last = first;
+    for (const Item *item = first, *end = items_.data() + starts_[bucket + 1]; item < end; ++item) {
+      if (item + kAhead < items_.end()) components.prefetch(item[kAhead].edge.a), components.prefetch(item[kAhead].edge.b);
+      const Edge ends{components.root(item->edge.a), components.root(item->edge.b)};
+      *last = {item->key, ends};
+      last += ends.a != ends.b;
+    }
+    last = std::remove_if(first, last, [&](const Item &item) { return drop(item.edge.a, item.edge.b); });
+    uint32_t low = std::numeric_limits<uint32_t>::max(), high = 0;
+    for (const Item *item = first; item < last; ++item) low = std::min(low, item->key), high = std::max(high, item->key);
+    const int row_bits = bit_length(static_cast<uint64_t>(last - first));
+    Buffer<PackedRow> order(last - first);
+    for (int64_t i = 0; i < order.size(); ++i) order[i] = PackedRow::make(first[i].key - low, i, row_bits);
+    if (order.size() > 1) radix_sort(order, bit_length(high - low), row_bits);
+    for (const PackedRow &at : order) {
+      const Item &item = first[at.row(row_bits)];
+      const int32_t a = components.root(item.edge.a), b = components.root(item.edge.b);
+      if (a != b) take(a, b, value_of(item.key));
+    }
+  }
+
+ private:
+  static constexpr int kShift = 18;  // 32 buckets for each power of two; less than 2^-31 of the largest shares the first
+  struct Item {
+    uint32_t key;
+    Edge edge;
+  };
+  Buffer<Item> items_;
+  Buffer<int64_t> starts_;
+  uint32_t first_;
+};
+
 void merge(Array<const int32_t, 2> edges, Array<const float, 1> weights, double k, int64_t min_size, Array<int64_t, 1> labels,
            std::optional<Array<const int32_t, 1>> place) {
   const int64_t rows = labels.shape(0), count = edges.shape(0);
   if (static_cast<int64_t>(weights.shape(0)) != count) throw std::invalid_argument("edges and weights do not fit each other");
   if (place && static_cast<int64_t>(place->shape(0)) != rows) throw std::invalid_argument("places and labels do not fit each other");
+  if (place && rows && !inside(place->data(), rows, rows)) throw std::invalid_argument("a place is outside 0.." + std::to_string(rows - 1));
   if (rows > std::numeric_limits<int32_t>::max()) throw std::invalid_argument("a graph must have less than 2^31 points");
   const Edge *edge = as_edges(edges, rows);
-  const int row_bits = bit_length(static_cast<uint64_t>(count));
-  if (row_bits > 32) throw std::invalid_argument("a graph must have less than 2^32 edges");
-  const int64_t missing = std::count_if(weights.data(), weights.data() + count, [](float w) { return w != w; });
+  if (count > std::numeric_limits<uint32_t>::max()) throw std::invalid_argument("a graph must have less than 2^32 edges");
+  int64_t missing = 0;
+  for (const float *w = weights.data(); w < weights.data() + count; ++w) missing += *w != *w;
   if (missing) throw std::invalid_argument(std::to_string(missing) + " edge weights are NaN");
   nb::gil_scoped_release release;
-  Buffer<PackedRow> items(count);
-  for (int64_t e = 0; e < count; ++e) items[e] = PackedRow::make(ascending_key(weights.data()[e]), e, row_bits);
-  radix_sort(items, 32, row_bits);
-
-  struct Component {
-    int32_t parent, size;
-    double threshold;
+  EdgeQueue queue(edge, weights.data(), count);
+  Components components(rows, k);
+  std::vector<Edge> apart;  // edges that were not joined and may be for their size, in their order
+  const auto small = [&](int32_t a, int32_t b) { return components[a].size < min_size || components[b].size < min_size; };
+  const auto join_small = [&](int32_t a, int32_t b) {
+    if (small(a, b)) components.join(a, b);
   };
-  Buffer<Component> parts(rows);
-  for (int64_t i = 0; i < rows; ++i) parts[i] = {static_cast<int32_t>(i), 1, k};
-  const auto root = [&](int32_t at) {
-    while (parts[at].parent != at) at = parts[at].parent = parts[parts[at].parent].parent;
-    return at;
-  };
-  const auto join = [&](int32_t a, int32_t b) {
-    if (parts[a].size < parts[b].size) std::swap(a, b);
-    parts[b].parent = a;
-    parts[a].size += parts[b].size;
-    return a;
-  };
-  std::vector<Edge> apart;  // ends of edges that were not joined and may be for their size, in their order
-  const auto ends = [&](int64_t at) { return edge + items[at].row(row_bits); };
-  for (int64_t at = 0; at < count; ++at) {
-    if (at + 2 * kAhead < count) __builtin_prefetch(ends(at + 2 * kAhead)), __builtin_prefetch(weights.data() + items[at + 2 * kAhead].row(row_bits));
-    if (at + kAhead < count) __builtin_prefetch(&parts[ends(at + kAhead)->a]), __builtin_prefetch(&parts[ends(at + kAhead)->b]);
-    const int32_t a = root(ends(at)->a), b = root(ends(at)->b);
-    if (a == b) continue;
-    const double w = weights.data()[items[at].row(row_bits)];
-    if (w > parts[a].threshold || w > parts[b].threshold) {
-      if (parts[a].size < min_size || parts[b].size < min_size) apart.push_back({a, b});
-      continue;
-    }
-    const int32_t joined = join(a, b);
-    parts[joined].threshold = w + k / parts[joined].size;
+  double highest = k;  // of all thresholds so far
+  int64_t bucket = 0;
+  for (; bucket < EdgeQueue::kBuckets && !(queue.least(bucket) > highest); ++bucket) {
+    const double least = queue.least(bucket);
+    const auto settled = [&](int32_t a, int32_t b) {
+      return (components[a].threshold < least || components[b].threshold < least) && !small(a, b);
+    };
+    queue.each(bucket, components, settled, [&](int32_t a, int32_t b, double weight) {
+      if (weight > components[a].threshold || weight > components[b].threshold) {
+        if (small(a, b)) apart.push_back({a, b});
+        return;
+      }
+      Components::Part &part = components[components.join(a, b)];
+      part.threshold = weight + k / part.size;
+      highest = std::max(highest, part.threshold);
+    });
   }
   for (const Edge &pair : apart) {
-    const int32_t a = root(pair.a), b = root(pair.b);
-    if (a != b && (parts[a].size < min_size || parts[b].size < min_size)) join(a, b);
+    const int32_t a = components.root(pair.a), b = components.root(pair.b);
+    if (a != b) join_small(a, b);
   }
-  std::vector<int64_t> number(rows, -1);
-  int64_t next = 0;
+  const auto large = [&](int32_t a, int32_t b) { return !small(a, b); };
+  for (; bucket < EdgeQueue::kBuckets; ++bucket)  // too heavy for every threshold
+    queue.each(bucket, components, large, [&](int32_t a, int32_t b, double) { join_small(a, b); });
+  std::vector<int32_t> number(rows, -1);
+  int32_t next = 0;
   for (int64_t i = 0; i < rows; ++i) {
-    int64_t &label = number[root(place ? place->data()[i] : static_cast<int32_t>(i))];
+    int32_t &label = number[components.root(place ? place->data()[i] : static_cast<int32_t>(i))];
     if (label < 0) label = next++;
     labels.data()[i] = label;
   }
@@ -253,8 +380,6 @@ void merge(Array<const int32_t, 2> edges, Array<const float, 1> weights, double 
 void register_graph(nb::module_ &m) {
   m.def("graph_edges", &neighbour_edges, nb::arg("neighbours"), nb::arg("k"),
         "Undirected edges (smaller, larger), sorted, of the first k neighbours of each row other than itself.");
-  m.def("graph_weights", &edge_weights, nb::arg("coord"), nb::arg("normal"), nb::arg("edges"), nb::arg("out"),
-        "1 - cosine of the normals, squared where the edge is convex, at least 0.");
   m.def("graph_distinct_edges", &distinct_edges, nb::arg("edges"), nb::arg("place"),
         "Edges (smaller, larger) of place[edges], without loops, each once, sorted.");
   m.def("graph_sorted_rows", &sorted_rows, nb::arg("coord"), nb::arg("offsets"), nb::arg("order"), nb::arg("place"),

@@ -1,4 +1,4 @@
-// Nearest neighbours and farthest point sampling on the CPU, exact.
+// Nearest neighbours and farthest point sampling on the CPU, exact; normals, and what they say of edges.
 //
 // The points of a cloud are sorted along a z curve and cut into leaves of a few points; leaves are gathered in nodes, and these
 // in nodes, each with its bounding box. Distances are (dx*dx + dy*dy) + dz*dz in float32, and so are the bounds of boxes:
@@ -9,9 +9,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -44,8 +46,9 @@ void sort_nearest(float *distances, int32_t *rows, int64_t n, int64_t k) {
 
 namespace {
 
-constexpr int64_t kQueryBlock = 256;       // queries of one task
+constexpr int64_t kQueryBlock = 1024;      // queries of one task
 constexpr int64_t kNormalBlock = 1024;     // points of one task
+constexpr int64_t kEdgeBlock = 4096;       // edges of one task
 constexpr int64_t kLeastCapacity = 2048;   // candidates that queries share
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -62,27 +65,61 @@ void check_offsets(const Array<const int64_t, 1> &offsets, int64_t rows) {
     if (offsets.data()[cloud + 1] - offsets.data()[cloud] >= kNobody) throw std::invalid_argument("a cloud must have less than 2^31 - 1 points");
 }
 
+// Arrays that are read and written side by side, in one block. Long ones do not begin alike in the last 12 bits of their
+// addresses: a load would wait for any store that is alike there.
+class Arrays {
+ public:
+  // Memory for `count` arrays of `size` numbers of 4 bytes.
+  static int64_t bytes(int64_t count, int64_t size) { return count * (4 * size + (4 * size < kPage ? kLine : 2 * kPage)); }
+
+  Arrays(std::byte *memory, int64_t bytes) : next_(reinterpret_cast<uintptr_t>(memory)), end_(next_ + bytes) {}
+  template <class T>
+  T *take(int64_t size) {
+    static_assert(sizeof(T) == 4);
+    const uintptr_t apart = 4 * size < kPage ? 0 : (++long_ * kShift) % kPage;
+    const uintptr_t array = apart ? (next_ + kPage - 1) / kPage * kPage + apart : (next_ + kLine - 1) / kLine * kLine;
+    next_ = array + 4 * size;
+    if (next_ > end_) throw std::logic_error("an array has no room");
+    return reinterpret_cast<T *>(array);
+  }
+
+ private:
+  static constexpr int64_t kPage = 4096, kShift = 512, kLine = 64;
+  uintptr_t next_, end_;
+  int64_t long_ = 0;
+};
+
 // Owns the memory of a PointTree.
 class Tree {
  public:
   Buffer<int32_t> order;  // rows of the points, as they lie in the leaves
 
-  Tree(const float *points, int64_t count) : order(curve_order(points, count)) {
-    const int64_t leaves = (count + kFan - 1) / kFan;
-    for (int axis = 0; axis < 3; ++axis) tree_.coord[axis] = coord_[axis] = floats(leaves * kFan);
-    tree_.row = rows_ = integers(leaves * kFan);
+  // `order` has to keep neighbours together; results are the same for any.
+  Tree(const float *points, int64_t count, Buffer<int32_t> order) : order(std::move(order)) {
+    const int64_t size = filled(count);
+    int64_t bytes = Arrays::bytes(4, size);
+    for (int64_t nodes = size / kFan;; nodes = filled(nodes) / kFan) {
+      bytes += Arrays::bytes(7, filled(nodes));
+      if (nodes <= kFan) break;
+    }
+    memory_ = Buffer<std::byte>(bytes);
+    Arrays arrays(memory_.data(), bytes);
+    float *coord[3];
+    for (int axis = 0; axis < 3; ++axis) tree_.coord[axis] = coord[axis] = arrays.take<float>(size);
+    int32_t *const rows = arrays.take<int32_t>(size);
+    tree_.row = rows;
     tree_.points = count;
-    for (int64_t i = 0; i < leaves * kFan; ++i) {
+    for (int64_t i = 0; i < size; ++i) {
       const bool real = i < count;
-      for (int axis = 0; axis < 3; ++axis) coord_[axis][i] = real ? points[3 * static_cast<int64_t>(order[i]) + axis] : NAN;
-      rows_[i] = real ? order[i] : kNobody;
+      for (int axis = 0; axis < 3; ++axis) coord[axis][i] = real ? points[3 * static_cast<int64_t>(this->order[i]) + axis] : NAN;
+      rows[i] = real ? this->order[i] : kNobody;
     }
     tree_.levels = 0;
     const float *const *lows = tree_.coord, *const *highs = tree_.coord;
     const int32_t *row = tree_.row;
     for (int64_t below = count; tree_.levels == 0 || below > kFan;) {
       TreeLevel &level = tree_.level[tree_.levels++];
-      level = add_level(lows, highs, row, below);
+      level = add_level(arrays, lows, highs, row, below);
       below = level.nodes, lows = level.low, highs = level.high, row = level.row;
     }
   }
@@ -90,20 +127,16 @@ class Tree {
 
  private:
   PointTree tree_;
-  float *coord_[3];
-  int32_t *rows_;
-  std::vector<Buffer<float>> floats_;
-  std::vector<Buffer<int32_t>> integers_;
+  Buffer<std::byte> memory_;
 
-  float *floats(int64_t size) { return floats_.emplace_back(size).data(); }
-  int32_t *integers(int64_t size) { return integers_.emplace_back(size).data(); }
+  static int64_t filled(int64_t nodes) { return (nodes + kFan - 1) / kFan * kFan; }
 
-  TreeLevel add_level(const float *const *lows, const float *const *highs, const int32_t *rows, int64_t below) {
+  static TreeLevel add_level(Arrays &arrays, const float *const *lows, const float *const *highs, const int32_t *rows, int64_t below) {
     TreeLevel level;
     level.nodes = (below + kFan - 1) / kFan;
-    const int64_t size = (level.nodes + kFan - 1) / kFan * kFan;
+    const int64_t size = filled(level.nodes);
     for (int axis = 0; axis < 3; ++axis) {
-      float *low = floats(size), *high = floats(size);
+      float *const low = arrays.take<float>(size), *const high = arrays.take<float>(size);
       std::fill(low, low + size, kInfinity);
       std::fill(high, high + size, -kInfinity);
       for (int64_t i = 0; i < below; ++i) {
@@ -112,7 +145,7 @@ class Tree {
       }
       level.low[axis] = low, level.high[axis] = high;
     }
-    int32_t *row = integers(size);
+    int32_t *const row = arrays.take<int32_t>(size);
     std::fill(row, row + size, kNobody);
     for (int64_t i = 0; i < below; ++i) row[i / kFan] = std::min(row[i / kFan], rows[i]);
     level.row = row;
@@ -123,14 +156,17 @@ class Tree {
 // Memory of the searches of one thread, kept for the next.
 const SearchSpace &search_space(int64_t k) {
   thread_local SearchSpace space{};
-  thread_local std::vector<float> floats, nearest;
-  thread_local std::vector<int32_t> integers, rows;
-  const int64_t capacity = std::max(kLeastCapacity, 16 * k);
+  thread_local Buffer<std::byte> memory;
+  const int64_t capacity = std::max(kLeastCapacity, 16 * k), size = capacity + kSplit;
   if (space.capacity < capacity) {
-    const int64_t size = capacity + kFan;
-    floats.resize(4 * size), integers.resize(2 * size), nearest.resize(capacity), rows.resize(capacity);
-    space = {capacity, {floats.data(), floats.data() + size, floats.data() + 2 * size}, floats.data() + 3 * size,
-             integers.data(), integers.data() + size, nearest.data(), rows.data()};
+    memory = Buffer<std::byte>(Arrays::bytes(10, size));
+    Arrays arrays(memory.data(), memory.size());
+    space.capacity = capacity;
+    for (float *&axis : space.coord) axis = arrays.take<float>(size);
+    space.distances = arrays.take<float>(size);
+    space.rows = arrays.take<int32_t>(size), space.near_rows = arrays.take<int32_t>(size);
+    for (int32_t *&nodes : space.nodes) nodes = arrays.take<int32_t>(size);
+    space.found_distances = arrays.take<float>(size), space.found_rows = arrays.take<int32_t>(size);
   }
   return space;
 }
@@ -138,7 +174,7 @@ const SearchSpace &search_space(int64_t k) {
 // Results as in Queries, with those of all clouds one after the other.
 void search_clouds(const NeighbourKernels &kernels, const Array<const float, 2> &query, const Array<const int64_t, 1> &query_offsets,
                    const Array<const float, 2> &coord, const Array<const int64_t, 1> &offsets, int64_t k, float limit, int64_t *rows,
-                   float *distances, int32_t *short_rows) {
+                   float *distances, int32_t *short_rows, int64_t inner, bool along_curve) {
   const int64_t clouds = static_cast<int64_t>(offsets.shape(0)) - 1;
   if (query.shape(1) != 3 || coord.shape(1) != 3 || query_offsets.shape(0) != offsets.shape(0) || k < 1)
     throw std::invalid_argument("queries and points do not fit each other");
@@ -155,11 +191,15 @@ void search_clouds(const NeighbourKernels &kernels, const Array<const float, 2> 
   std::vector<Task> tasks;
   for (int64_t cloud = 0; cloud < clouds; ++cloud) {
     const int64_t first = offsets.data()[cloud], own = query_offsets.data()[cloud], count = query_offsets.data()[cloud + 1] - own;
-    trees.push_back(std::make_unique<Tree>(coord.data() + 3 * first, offsets.data()[cloud + 1] - first));
+    const int64_t points = offsets.data()[cloud + 1] - first;
+    Buffer<int32_t> along(along_curve ? points : 0);
+    std::iota(along.begin(), along.end(), 0);
+    if (!along_curve) along = curve_order(coord.data() + 3 * first, points);
+    trees.push_back(std::make_unique<Tree>(coord.data() + 3 * first, points, std::move(along)));
     orders.push_back(alike ? Buffer<int32_t>() : curve_order(query.data() + 3 * own, count));
     const int32_t *order = alike ? trees.back()->order.data() : orders.back().data();
     queries.push_back({query.data() + 3 * own, order, k, first, limit, rows ? rows + own * k : nullptr, rows ? distances + own * k : nullptr,
-                       rows ? nullptr : short_rows + own * k});
+                       rows ? nullptr : short_rows + own * k, inner});
     for (int64_t begin = 0; begin < count; begin += kQueryBlock) tasks.push_back({cloud, begin, std::min(begin + kQueryBlock, count)});
   }
   parallel_tasks(static_cast<int64_t>(tasks.size()), [&](int64_t i) {
@@ -172,12 +212,18 @@ void knn(Array<const float, 2> query, Array<const int64_t, 1> query_offsets, Arr
          Array<const int64_t, 1> offsets, float limit, Array<int64_t, 2> rows, Array<float, 2> distances, const std::string &isa) {
   if (rows.shape(0) != query.shape(0) || distances.shape(0) != query.shape(0) || distances.shape(1) != rows.shape(1))
     throw std::invalid_argument("queries and results do not fit each other");
-  search_clouds(find_kernels(usable(), isa), query, query_offsets, coord, offsets, rows.shape(1), limit, rows.data(), distances.data(), nullptr);
+  search_clouds(find_kernels(usable(), isa), query, query_offsets, coord, offsets, rows.shape(1), limit, rows.data(), distances.data(), nullptr, 0,
+                false);
 }
 
-void near_rows(Array<const float, 2> coord, Array<const int64_t, 1> offsets, Array<int32_t, 2> rows) {
-  if (rows.shape(0) != coord.shape(0) || rows.shape(0) > kNobody) throw std::invalid_argument("points and results do not fit each other");
-  search_clouds(find_kernels(usable(), ""), coord, offsets, coord, offsets, rows.shape(1), kInfinity, nullptr, nullptr, rows.data());
+nb::object near_rows(Array<const float, 2> coord, Array<const int64_t, 1> offsets, int64_t k, int64_t inner, bool along_curve,
+                     const std::string &isa) {
+  const NeighbourKernels &kernels = find_kernels(usable(), isa);
+  if (k < 1 || static_cast<int64_t>(coord.shape(0)) > kNobody || inner < 0 || inner > k)
+    throw std::invalid_argument("points and results do not fit each other");
+  Buffer<int32_t> rows(coord.shape(0) * k);
+  search_clouds(kernels, coord, offsets, coord, offsets, k, kInfinity, nullptr, nullptr, rows.data(), inner, along_curve);
+  return to_torch(std::move(rows), k);
 }
 
 void normals(Array<const float, 2> coord, Array<const int64_t, 1> offsets, Array<const int32_t, 2> neighbours,
@@ -188,9 +234,10 @@ void normals(Array<const float, 2> coord, Array<const int64_t, 1> offsets, Array
   if (coord.shape(1) != 3 || out.shape(1) != 3 || static_cast<int64_t>(neighbours.shape(0)) != rows || static_cast<int64_t>(out.shape(0)) != rows ||
       centers.shape(0) + 1 != offsets.shape(0) || centers.shape(1) != 3)
     throw std::invalid_argument("points, neighbours, centres and results do not fit each other");
-  int32_t largest = -1;
-  for (int64_t i = 0; i < rows * k; ++i) largest = std::max(largest, neighbours.data()[i]);
-  if (largest >= rows) throw std::invalid_argument("a neighbour is a point that does not exist");
+  const uint32_t last = static_cast<uint32_t>(std::min<int64_t>(rows, kNobody)) - 1;
+  uint32_t signs = 0;  // of the distance of each to the last row
+  for (int64_t i = 0; i < rows * k; ++i) signs |= last - static_cast<uint32_t>(neighbours.data()[i]);
+  if (signs >> 31) throw std::invalid_argument("a neighbour is a point that does not exist");
   nb::gil_scoped_release release;
   for (int64_t cloud = 0; cloud < static_cast<int64_t>(centers.shape(0)); ++cloud) {
     const int64_t first = offsets.data()[cloud], last = offsets.data()[cloud + 1];
@@ -201,8 +248,25 @@ void normals(Array<const float, 2> coord, Array<const int64_t, 1> offsets, Array
   }
 }
 
+nb::object edge_weights(Array<const float, 2> coord, Array<const float, 2> normal, Array<const int32_t, 2> edges, const std::string &isa) {
+  const NeighbourKernels &kernels = find_kernels(usable(), isa);
+  const int64_t rows = coord.shape(0), count = edges.shape(0);
+  if (coord.shape(1) != 3 || normal.shape(1) != 3 || static_cast<int64_t>(normal.shape(0)) != rows || edges.shape(1) != 2)
+    throw std::invalid_argument("points, normals and edges do not fit each other");
+  if (!inside(edges.data(), 2 * count, rows)) throw std::invalid_argument("an edge names a point outside 0.." + std::to_string(rows - 1));
+  Buffer<float> weights(count);
+  {
+    nb::gil_scoped_release release;
+    parallel_tasks((count + kEdgeBlock - 1) / kEdgeBlock, [&](int64_t task) {
+      const int64_t begin = task * kEdgeBlock;
+      kernels.edge_weights(coord.data(), normal.data(), edges.data(), begin, std::min(begin + kEdgeBlock, count), weights.data());
+    });
+  }
+  return to_torch(std::move(weights));
+}
+
 void sample_cloud(const NeighbourKernels &kernels, const float *coord, int64_t points, int64_t count, int64_t start, int64_t *out) {
-  const Tree tree(coord, points);
+  const Tree tree(coord, points, curve_order(coord, points));
   SampleState state;
   std::vector<float> distances((points + kFan - 1) / kFan * kFan, kInfinity);
   std::fill(distances.begin() + points, distances.end(), -1.0f);  // the filling is never chosen
@@ -249,10 +313,14 @@ void register_neighbours(nb::module_ &m) {
   m.def("knn", &knn, nb::arg("query"), nb::arg("query_offsets"), nb::arg("coord"), nb::arg("offsets"), nb::arg("limit"),
         nb::arg("rows"), nb::arg("distances"), nb::arg("isa") = "",
         "Rows of the k nearest points of the same cloud, ascending by squared distance (at most `limit`); -1 where there are fewer.");
-  m.def("near_rows", &near_rows, nb::arg("coord"), nb::arg("offsets"), nb::arg("rows"),
-        "Rows of the points nearest to each point, itself among them, as knn finds them.");
+  m.def("near_rows", &near_rows, nb::arg("coord"), nb::arg("offsets"), nb::arg("k"), nb::arg("inner") = 0, nb::arg("along_curve") = false,
+        nb::arg("isa") = "",
+        "Rows of the points nearest to each point, itself among them, as knn finds them; with `inner` above 0 in no order, but that as\n"
+        "many nearest ones come first. `along_curve` says that the points of each cloud lie in an order that keeps neighbours together.");
   m.def("normals", &normals, nb::arg("coord"), nb::arg("offsets"), nb::arg("neighbours"), nb::arg("centers"), nb::arg("out"),
         nb::arg("isa") = "", "Unit normals: direction of least spread of the neighbours of each row (-1 ends them), towards its cloud's centre.");
+  m.def("edge_weights", &edge_weights, nb::arg("coord"), nb::arg("normal"), nb::arg("edges"), nb::arg("isa") = "",
+        "1 - cosine of the normals, squared where the edge is convex, at least 0.");
   m.def("farthest_points", &farthest_points, nb::arg("coord"), nb::arg("offsets"), nb::arg("sampled"), nb::arg("starts"),
         nb::arg("out"), nb::arg("isa") = "", "Farthest point sampling of every cloud: rows sampled[c]:sampled[c + 1] of `out`.");
 }

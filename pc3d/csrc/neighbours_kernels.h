@@ -8,6 +8,7 @@ namespace pc3d {
 constexpr int64_t kFan = 8;         // children of a node, points of a leaf
 constexpr int kMostLevels = 10;     // 8^10 leaves hold 2^31 points and more
 constexpr int64_t kMostRanked = 128;  // candidates put in order by counting; more are sorted
+constexpr int64_t kSplit = 32;      // candidates that are only split, into the nearest and others; a multiple of kFan
 constexpr int32_t kNobody = INT32_MAX;
 
 // Bounding boxes of nodes, with memory for a multiple of kFan of them.
@@ -35,13 +36,14 @@ struct Queries {
   int64_t *rows;         // (queries, k)
   float *distances;
   int32_t *short_rows;   // in place of both, or null
+  int64_t inner;         // where above 0, the `inner` nearest come first in short_rows, then others, in no other order
 };
 
-// Memory of one thread: `capacity` candidates, and kFan more.
+// Memory of one thread: `capacity` candidates, and kSplit more; as many nodes.
 struct SearchSpace {
   int64_t capacity;
   float *coord[3], *distances;
-  int32_t *rows, *near_rows;
+  int32_t *rows, *near_rows, *nodes[2];
   float *found_distances;  // k
   int32_t *found_rows;
 };
@@ -63,6 +65,8 @@ struct NeighbourKernels {
   void (*farthest)(const PointTree &tree, const float *coord, int64_t count, int64_t start, const SampleState &state, int64_t *out);
   // Of points [begin, end): the direction in which their k neighbours spread least, -1 after the last, towards one `center`.
   void (*normals)(const float *coord, const int32_t *neighbours, int64_t k, const float *center, int64_t begin, int64_t end, float *out);
+  // Of edges [begin, end), pairs of rows: 1 - cosine of the normals, squared where the edge is convex, at least 0.
+  void (*edge_weights)(const float *coord, const float *normal, const int32_t *edges, int64_t begin, int64_t end, float *out);
 };
 
 const NeighbourKernels *neighbour_kernels_generic();

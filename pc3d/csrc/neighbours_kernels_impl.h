@@ -30,6 +30,9 @@ constexpr int64_t kStack = (kFan - 1) * kMostLevels + 1;
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline float smaller(float a, float b) { return a < b ? a : b; }
 
+inline Int load(const int32_t *p) { return reinterpret_cast<Int>(load(reinterpret_cast<const float *>(p))); }
+inline void store(int32_t *p, Int v) { store(reinterpret_cast<float *>(p), reinterpret_cast<Vec>(v)); }
+
 // Lane i of the result is bit i.
 inline uint32_t bits(Int mask) {
 #if PC3D_WIDTH == 8 && defined(__AVX2__)
@@ -74,10 +77,8 @@ struct Packing {
     return out;
   }
 #endif
-  void operator()(int32_t *out, Int v) const { store(reinterpret_cast<float *>(out), (*this)(reinterpret_cast<Vec>(v))); }
+  Int operator()(Int v) const { return reinterpret_cast<Int>((*this)(reinterpret_cast<Vec>(v))); }
 };
-
-inline Int load(const int32_t *p) { return reinterpret_cast<Int>(load(reinterpret_cast<const float *>(p))); }
 
 struct Box {
   float low[3], high[3];
@@ -109,45 +110,48 @@ struct WideBox {
   }
 };
 
-// Bits of the nodes from `first` on that lie within `bound` of a box.
-inline uint32_t nodes_within(const TreeLevel &level, int64_t first, const WideBox &box, float bound) {
-  uint32_t found = 0;
-  for (int64_t i = 0; i < kFan; i += kWidth) found |= bits(box.distance(level.low, level.high, first + i) <= splat(bound)) << i;
-  return found & ((1u << smaller(kFan, level.nodes - first)) - 1);
-}
-
-// Copies the points within `bound` of a box; how many, -1 where there is no room for them.
+// Copies the points within `bound` of a box, level by level in the order of the tree; how many, -1 where there is no room for them.
 int64_t gather(const PointTree &tree, const Box &around, float bound, const SearchSpace &space) {
   const WideBox box(around);
-  struct Visit {
-    int level;
-    int64_t first;
-  } stack[kStack];
-  int depth = 0;
-  int64_t count = 0;
-  stack[depth++] = {tree.levels - 1, 0};
-  while (depth) {
-    const Visit visit = stack[--depth];
-    for (uint32_t set = nodes_within(tree.level[visit.level], visit.first, box, bound); set; set &= set - 1) {
-      const int64_t below = kFan * (visit.first + __builtin_ctz(set));
-      if (visit.level) {
-        stack[depth++] = {visit.level - 1, below};
-        continue;
-      }
-      if (count + kFan > space.capacity) return -1;
-      for (int64_t i = below; i < below + kFan; i += kWidth) {
-        const Packing packing(bits(box.distance(tree.coord, tree.coord, i) <= splat(bound)));
-        for (int axis = 0; axis < 3; ++axis) store(space.coord[axis] + count, packing(load(tree.coord[axis] + i)));
-        packing(space.rows + count, load(tree.row + i));
-        count += packing.count;
+  const Vec most = splat(bound);
+  Int lane;
+  for (int i = 0; i < kWidth; ++i) lane[i] = i;
+  int32_t *nodes = space.nodes[0], *inside = space.nodes[1];
+  int64_t count = 1;
+  nodes[0] = 0;
+  for (int at = tree.levels - 1; at >= 0; --at) {
+    const TreeLevel &level = tree.level[at];
+    const Int end = Int{} + static_cast<int32_t>(level.nodes);
+    int64_t found = 0;
+    for (int64_t node = 0; node < count; ++node) {
+      if (found + kFan > space.capacity) return -1;
+      const int64_t first = kFan * nodes[node];
+      for (int64_t i = first; i < first + kFan; i += kWidth) {
+        const Int own = lane + static_cast<int32_t>(i);
+        const Packing packing(bits((box.distance(level.low, level.high, i) <= most) & (own < end)));
+        store(inside + found, packing(own));
+        found += packing.count;
       }
     }
+    int32_t *const other = nodes;
+    nodes = inside, inside = other, count = found;
   }
-  for (int axis = 0; axis < 3; ++axis) store(space.coord[axis] + count, splat(NAN));  // never within a bound
-  return count;
+  int64_t points = 0;
+  for (int64_t node = 0; node < count; ++node) {
+    if (points + kFan > space.capacity) return -1;
+    const int64_t first = kFan * nodes[node];
+    for (int64_t i = first; i < first + kFan; i += kWidth) {
+      const Packing packing(bits(box.distance(tree.coord, tree.coord, i) <= most));
+      for (int axis = 0; axis < 3; ++axis) store(space.coord[axis] + points, packing(load(tree.coord[axis] + i)));
+      store(space.rows + points, packing(load(tree.row + i)));
+      points += packing.count;
+    }
+  }
+  for (int axis = 0; axis < 3; ++axis) store(space.coord[axis] + points, splat(NAN));  // never within a bound
+  return points;
 }
 
-// Distances and rows of the first `count` candidates that lie within `bound` of p, and infinity after them.
+// Distances and rows of the first `count` candidates that lie within `bound` of p, and infinity in kSplit places after them.
 inline int64_t candidates_within(const SearchSpace &space, int64_t count, const float *p, float bound) {
   const Vec x = splat(p[0]), y = splat(p[1]), z = splat(p[2]), most = splat(bound);
   const float *const xs = space.coord[0], *const ys = space.coord[1], *const zs = space.coord[2];
@@ -159,10 +163,10 @@ inline int64_t candidates_within(const SearchSpace &space, int64_t count, const 
     const Vec d = (dx * dx + dy * dy) + dz * dz;
     const Packing packing(bits(d <= most));
     store(distances + found, packing(d));
-    packing(rows + found, load(space.rows + i));
+    store(rows + found, packing(load(space.rows + i)));
     found += packing.count;
   }
-  store(distances + found, splat(INFINITY));
+  for (int64_t i = 0; i < kSplit; i += kWidth) store(distances + found + i, splat(INFINITY));
   return found;
 }
 
@@ -187,7 +191,7 @@ inline Int count_nearer(const float *d, const int32_t *rows, int64_t n, int64_t 
     }
   }
   for (int r = 0; r < Registers; ++r) {
-    store(reinterpret_cast<float *>(rank + first + r * kWidth), reinterpret_cast<Vec>(count[r]));
+    store(rank + first + r * kWidth, count[r]);
     sum += count[r] < most ? count[r] : Int{} + most;
   }
   return sum;
@@ -215,8 +219,12 @@ struct Found {
   Found(const Queries &queries, int64_t query) : queries(queries), k(queries.k), start(query * queries.k) {}
   void put(const float *distances, const int32_t *rows, int64_t n) const {
     if (queries.short_rows) {
-      for (int64_t i = 0; i < n; ++i) queries.short_rows[start + i] = static_cast<int32_t>(queries.first) + rows[i];
-      for (int64_t i = n; i < k; ++i) queries.short_rows[start + i] = -1;
+      int32_t *const out = queries.short_rows + start;
+      const int32_t first = static_cast<int32_t>(queries.first);
+      int64_t i = 0;
+      for (; i + kWidth <= n; i += kWidth) store(out + i, load(rows + i) + first);
+      for (; i < n; ++i) out[i] = rows[i] + first;
+      for (; i < k; ++i) out[i] = -1;
     } else {
       for (int64_t i = 0; i < n; ++i) queries.distances[start + i] = distances[i], queries.rows[start + i] = queries.first + rows[i];
       for (int64_t i = n; i < k; ++i) queries.distances[start + i] = INFINITY, queries.rows[start + i] = -1;
@@ -232,8 +240,45 @@ struct Found {
   }
 };
 
+// The k nearest of n candidates, k <= n <= kSplit: the `inner` nearest, then the others, in no order; nothing here depends on
+// n. Returns the distance of the k-th; -1, and has put nothing, where equal distances lie on both sides of a border.
+inline float put_apart(const SearchSpace &space, const Found &found) {
+  constexpr int kRegisters = kSplit / kWidth;
+  const int32_t inner = static_cast<int32_t>(found.queries.inner), k = static_cast<int32_t>(found.k);
+  Vec own[kRegisters];
+  Int nearer[kRegisters] = {};
+  for (int r = 0; r < kRegisters; ++r) own[r] = load(space.distances + r * kWidth);
+  for (int64_t j = 0; j < kSplit; ++j) {
+    const Vec other = splat(space.distances[j]);
+    for (int r = 0; r < kRegisters; ++r) nearer[r] -= other < own[r];
+  }
+  int32_t rows[kSplit + kWidth];
+  int64_t count = 0;
+  for (int r = 0; r < kRegisters; ++r) {
+    const Packing packing(bits(nearer[r] < Int{} + inner));
+    store(rows + count, packing(load(space.near_rows + r * kWidth)));
+    count += packing.count;
+  }
+  if (count != inner) return -1;
+  Vec radius{};
+  for (int r = 0; r < kRegisters; ++r) {
+    const Int near = nearer[r] < Int{} + k;
+    const Packing packing(bits(near & (nearer[r] >= Int{} + inner)));
+    store(rows + count, packing(load(space.near_rows + r * kWidth)));
+    count += packing.count;
+    radius = larger(radius, reinterpret_cast<Vec>(reinterpret_cast<Int>(own[r]) & near));
+  }
+  if (count != k) return -1;
+  found.put(nullptr, rows, k);
+  return largest(radius);
+}
+
 // The nearest of n candidates, at most k. Like `search`, it returns the distance of the k-th, or infinity.
 inline float put_in_order(const SearchSpace &space, int64_t n, const Found &found) {
+  if (found.queries.inner && found.k <= n && n <= kSplit) {
+    const float radius = put_apart(space, found);
+    if (radius >= 0) return radius;
+  }
   const int64_t kept = smaller(n, found.k);
   const float *distances = space.distances;
   const int32_t *rows = space.near_rows;
@@ -487,13 +532,39 @@ void smallest_eigenvectors(const Real *m, Real *v) {
 }
 
 // Coordinates of kLanes points, by axis.
-inline void load_points(const float *const *points, Real *axes) {
-  for (int axis = 0; axis < 3; ++axis) {
-#if PC3D_WIDTH == 8
-    axes[axis] = __builtin_convertvector((Half{points[0][axis], points[1][axis], points[2][axis], points[3][axis]}), Real);
+inline void load_points(const float *const *points, Half *axes) {
+#if PC3D_WIDTH == 8 && defined(__AVX2__)
+  const auto two = [&](int i) { return _mm_loadl_epi64(reinterpret_cast<const __m128i *>(points[i])); };
+  const auto pair = [&](int i) { return _mm_castsi128_ps(_mm_unpacklo_epi64(two(i), two(i + 1))); };  // x and y of two points
+  const __m128 front = pair(0), back = pair(2);
+  axes[0] = _mm_shuffle_ps(front, back, 0x88);
+  axes[1] = _mm_shuffle_ps(front, back, 0xDD);
+  axes[2] = _mm_setr_ps(points[0][2], points[1][2], points[2][2], points[3][2]);
 #else
-    axes[axis] = __builtin_convertvector((Half{points[0][axis], points[1][axis]}), Real);
+  for (int axis = 0; axis < 3; ++axis)
+    for (int64_t lane = 0; lane < kLanes; ++lane) axes[axis][lane] = points[lane][axis];
 #endif
+}
+inline void load_points(const float *const *points, Real *axes) {
+  Half narrow[3];
+  load_points(points, narrow);
+  for (int axis = 0; axis < 3; ++axis) axes[axis] = __builtin_convertvector(narrow[axis], Real);
+}
+
+void edge_weights(const float *coord, const float *normal, const int32_t *edges, int64_t begin, int64_t end, float *out) {
+  for (int64_t e = begin; e < end; e += kLanes) {
+    const float *at[4][kLanes];
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const int32_t *edge = edges + 2 * smaller(e + lane, end - 1);
+      const int64_t i = 3 * static_cast<int64_t>(edge[0]), j = 3 * static_cast<int64_t>(edge[1]);
+      at[0][lane] = coord + i, at[1][lane] = coord + j, at[2][lane] = normal + i, at[3][lane] = normal + j;
+    }
+    Half x[3], y[3], n[3], m[3];
+    load_points(at[0], x), load_points(at[1], y), load_points(at[2], n), load_points(at[3], m);
+    const Half apart = 1.0f - ((n[0] * m[0] + n[1] * m[1]) + n[2] * m[2]);
+    const Half along = (m[0] * (y[0] - x[0]) + m[1] * (y[1] - x[1])) + m[2] * (y[2] - x[2]);
+    const Half weight = along > 0 ? apart * apart : apart, least = weight < 0 ? Half{} : weight;
+    memcpy(out + e, &least, smaller(kLanes, end - e) * sizeof(float));
   }
 }
 

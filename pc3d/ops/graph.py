@@ -86,9 +86,7 @@ def edge_weights(coord: Tensor, normal: Tensor, edges: Tensor) -> Tensor:
     """
     kernels = cpu_kernels(coord, normal, edges)
     if kernels is not None:
-        out = coord.new_empty(len(edges))
-        kernels.graph_weights(*(t.detach().contiguous() for t in (coord, normal, edges.int())), out)
-        return out
+        return kernels.edge_weights(*(t.detach().contiguous() for t in (coord, normal, edges.int())))
     i, j = edges.long().unbind(1)
     weight = 1 - _dot(normal[i], normal[j])
     convex = _dot(normal[j], coord[j] - coord[i]) > 0
@@ -221,8 +219,8 @@ class PointGraph:
         if (color_weight and color is None) or (semantic_weight and probabilities is None):
             raise ValueError("color_weight needs colours and semantic_weight probabilities")
         coord, order, place = _in_canonical_order(coord, offsets)
-        reach = max(neighbours + 1 if edges is None else 0, normal_neighbours if normal is None else 0)
-        found = nearest_rows(coord, offsets, reach) if reach else None
+        reach = [neighbours + 1] * (edges is None) + [normal_neighbours] * (normal is None)
+        found = nearest_rows(coord, offsets, max(reach), min(reach), along_curve=True) if reach else None
         if normal is not None:
             normal = normal.float()[order]
         elif found is not None:

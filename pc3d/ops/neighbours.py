@@ -61,20 +61,25 @@ def knn(
     return rows, distances
 
 
-def nearest_rows(coord: Tensor, offsets: Tensor, k: int) -> Tensor:
+def nearest_rows(coord: Tensor, offsets: Tensor, k: int, inner: int = 0, along_curve: bool = False) -> Tensor:
     """``(N, k)`` int32: the rows that :func:`knn` finds for the points themselves; a third of its memory.
 
+    Args:
+        coord, offsets, k: as there.
+        inner: above 0, the ``inner`` nearest come first, then the others, in no order but that. Faster.
+        along_curve: the points of each cloud lie so that neighbours are together; any order is right. Faster.
+
     Raises:
-        ValueError: as :func:`knn`; and if there are 2^31 points, in any number of clouds.
+        ValueError: as :func:`knn`; if ``inner`` is not in 0..k; and if there are 2^31 points, in any number of clouds.
     """
     _check_k(k)
+    if not 0 <= inner <= k:
+        raise ValueError(f"inner must be in 0..{k}, got {inner}")
     _check_sizes(offsets[[0, -1]])
     kernels = cpu_kernels(coord)
     if kernels is None:
         return knn(coord, offsets, coord, offsets, k)[0].int()
-    coord, rows = checked_coord("coord", coord), torch.empty(len(coord), k, dtype=torch.int32)
-    kernels.near_rows(coord, offsets.contiguous(), rows)
-    return rows
+    return kernels.near_rows(checked_coord("coord", coord), offsets.contiguous(), k, inner, along_curve)
 
 
 def farthest_points(coord: Tensor, offsets: Tensor, sampled: Tensor, starts: Tensor | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -58,6 +59,10 @@ def test_kernels_equal_the_references():
     assert ((fast[0] * slow[0]).sum(1).abs() > 1 - 1e-5).float().mean() > 0.999
     assert torch.equal(fast[1], slow[1])
     assert torch.equal(fast[2], slow[2])
+    kernels = cpu_kernels()
+    for isa, count in itertools.product(kernels.neighbour_isas(), [len(fast[1]), 5, 3, 1, 0]):
+        some = kernels.edge_weights(coord, fast[0], fast[1][:count].int(), isa)
+        assert torch.equal(some, slow[2][:count]), (isa, count)
 
 
 @pytest.mark.parametrize("k", [1, 10, 40])
@@ -68,6 +73,21 @@ def test_edges_of_any_neighbours_equal_the_reference(k):
     with use_backend("reference"):
         expected = neighbour_edges(neighbours, k)
     assert torch.equal(neighbour_edges(neighbours, k), expected)
+
+
+@pytest.mark.parametrize(("k", "width"), [(10, 16), (10, 11), (7, 8), (7, 9), (1, 16), (15, 16), (20, 16)])
+def test_edges_of_full_lists_equal_the_reference(k, width):
+    """Each row has itself somewhere and others, as a search finds them; some rows name another twice."""
+    generator = torch.Generator().manual_seed(k)
+    near = torch.arange(300)[:, None] + torch.randint(1, 40, (300, width), generator=generator).cumsum(1)
+    neighbours = near % 300
+    neighbours[torch.arange(300), torch.randint(0, min(k + 1, width), (300,), generator=generator)] = torch.arange(300)
+    for copies in (0, 50):
+        neighbours[:copies, width - 1] = neighbours[:copies, 0]
+        neighbours[:copies, 2 % width] = neighbours[:copies, 0]
+        with use_backend("reference"):
+            expected = neighbour_edges(neighbours, k)
+        assert torch.equal(neighbour_edges(neighbours, k), expected)
 
 
 def test_normals_of_every_instruction_set_are_eigenvectors():
@@ -110,6 +130,27 @@ def test_merge_equals_the_reference(seed, min_size):
     labels = merge_graph(edges, weights, 130, k=0.7, min_size=min_size)
     with use_backend("reference"):
         assert torch.equal(labels, merge_graph(edges, weights, 130, k=0.7, min_size=min_size))
+
+
+@pytest.mark.parametrize("kind", ["wide", "equal", "close", "infinite", "negative", "tiny"])
+@pytest.mark.parametrize(("k", "min_size"), [(0.05, 20), (3.0, 5), (0.0, 4), (math.inf, 1)])
+def test_merge_of_any_weights_equals_the_reference(kind, k, min_size):
+    """Weights far apart and all alike: every edge in a bucket of its own, and all in one."""
+    generator = torch.Generator().manual_seed(len(kind))
+    a = torch.randint(0, 500, (4000,), generator=generator)
+    edges = torch.stack([a, (a + torch.randint(0, 12, (4000,), generator=generator)) % 500], 1)
+    random = torch.rand(4000, generator=generator)
+    weights = {
+        "wide": 10 ** (random * 24 - 18),
+        "equal": torch.full((4000,), 0.01),
+        "close": 0.02 + random * 1e-6,
+        "infinite": torch.where(random < 0.1, math.inf, random * 0.1),
+        "negative": -(10 ** (random * 6 - 4)),
+        "tiny": random * 1e-42,
+    }[kind]
+    labels = merge_graph(edges, weights, 520, k, min_size)
+    with use_backend("reference"):
+        assert torch.equal(labels, merge_graph(edges, weights, 520, k, min_size))
 
 
 @pytest.mark.parametrize(

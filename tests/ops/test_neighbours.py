@@ -124,6 +124,30 @@ def test_rows_alone_are_those_of_knn() -> None:
     assert torch.equal(rows.long(), knn(coord, offsets, coord, offsets, 18)[0])
 
 
+@pytest.mark.parametrize("kind", [*KINDS, "scan"])
+@pytest.mark.parametrize(("k", "inner"), [(16, 11), (16, 16), (16, 1), (11, 11), (40, 7)])
+def test_the_inner_rows_come_first(kind: str, k: int, inner: int) -> None:
+    kernels = cpu_kernels()
+    if kernels is None:
+        pytest.skip("the C++ extension is not built")
+    counts = [600, 0, 1, 5, 12, 33, 200]
+    coord = torch.cat([_scan(600), _clouds("random", counts[1:])]) if kind == "scan" else _clouds(kind, counts)
+    offsets = _offsets(counts)
+    with use_backend("reference"):
+        expected = nearest_rows(coord, offsets, k)
+
+    def parts(rows: Tensor) -> Tensor:
+        return torch.cat([rows[:, :inner].sort(1)[0], rows[:, inner:].sort(1)[0]], 1)
+
+    for isa, along_curve in itertools.product(kernels.neighbour_isas(), [False, True]):
+        found = kernels.near_rows(coord, offsets, k, inner, along_curve, isa)
+        assert torch.equal(parts(found), parts(expected)), (isa, along_curve)
+        assert torch.equal(kernels.near_rows(coord, offsets, k, 0, along_curve, isa), expected), (isa, along_curve)
+    assert torch.equal(nearest_rows(coord, offsets, k, inner), kernels.near_rows(coord, offsets, k, inner))
+    with pytest.raises(ValueError, match=f"inner must be in 0..{k}, got {k + 1}"):
+        nearest_rows(coord, offsets, k, k + 1)
+
+
 def test_clouds_that_int32_rows_cannot_number_are_refused() -> None:
     many, offsets = torch.zeros(1, 3).expand(1 << 31, 3), torch.tensor([0, 1 << 31])
     with pytest.raises(ValueError, match="less than 2147483647 points, got 2147483648"):
