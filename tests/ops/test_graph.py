@@ -218,6 +218,23 @@ def test_mesh_edges_in_any_order_and_direction():
     assert torch.equal(labels, graph_segments(coord, offsets, edges=torch.cat([shuffled, shuffled[:50]])))
 
 
+@pytest.mark.parametrize(("neighbours", "normal_neighbours"), [(10, 16), (7, 16), (4, 16), (10, 6), (16, 16), (1, 3)])
+def test_what_is_given_does_not_change_the_rest(neighbours, normal_neighbours):
+    """One search serves normals and edges; the graph is that of a search for each."""
+    coord, offsets = box_scene()
+    built = graph.PointGraph.of(coord, offsets, None, None, neighbours, normal_neighbours)
+    given = graph.PointGraph.of(coord, offsets, built.normal, None, neighbours)
+    assert torch.equal(given.edges, built.edges)
+    assert torch.equal(given.weights, built.weights)
+    order = built.place.long().argsort()
+    edges = graph.PointGraph.of(coord, offsets, None, order[built.edges.long()], 10, normal_neighbours)
+    assert torch.equal(edges.edges, built.edges)
+    torch.testing.assert_close(edges.normals, built.normals, rtol=0, atol=1e-6)
+    ordered = coord[order]
+    rows = knn(ordered, offsets, ordered, offsets, neighbours + 1)[0]
+    assert torch.equal(built.edges.long(), neighbour_edges(rows, neighbours))
+
+
 def test_semantic_term_splits_a_plane():
     coord = torch.rand(2000, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 1.0, 0.0])
     offsets = torch.tensor([0, 2000])
