@@ -1,6 +1,6 @@
 // Graph segmentation on the CPU: edges of a neighbour graph, and the merge of Felzenszwalb and
-// Huttenlocher ("Efficient graph-based image segmentation", IJCV 2004). The merge is serial; everything else writes each
-// result from one place, so nothing depends on the number of threads.
+// Huttenlocher ("Efficient graph-based image segmentation", IJCV 2004). Pairs of rows and the merge are serial; everything
+// else writes each result from one place, so nothing depends on the number of threads.
 #include <nanobind/stl/optional.h>
 
 #include <algorithm>
@@ -43,14 +43,12 @@ const Edge *as_edges(const Array<const int32_t, 2> &edges, int64_t rows) {
   return reinterpret_cast<const Edge *>(edges.data());
 }
 
-// The first neighbours of each row, `stride` apart, in registers of 4: one list holds the row itself, and may hold it again.
+// The first neighbours of each row, 4 at least, `stride` apart: one list holds the row itself, and may hold it again.
 // `Count` of them, or `count` where that is 0.
 template <int64_t Count>
 class Lists {
  public:
-  Lists(const int32_t *rows, int64_t stride, int64_t count) : rows_(rows), stride_(stride), count_(count) {
-    for (int64_t i = 0; i < 4; ++i) rest_[i] = whole() + i < this->count() ? -1 : 0;
-  }
+  Lists(const int32_t *rows, int64_t stride, int64_t count) : rows_(rows), stride_(stride), count_(count) {}
   int64_t count() const { return Count ? Count : count_; }
   // Whether each list has its own row, once, and nothing that is not a row.
   bool complete(int64_t rows) const {
@@ -66,8 +64,8 @@ class Lists {
   const int32_t *of(int64_t row) const { return rows_ + row * stride_; }
   bool names(int64_t row, int32_t other) const {
     const int32_t *own = of(row);
-    Four same = (four(own + whole()) == other) & rest_;
-    for (int64_t i = 0; i < whole(); i += 4) same |= four(own + i) == other;
+    Four same = four(own + count() - 4) == other;  // some of them again
+    for (int64_t i = 0; i + 4 < count(); i += 4) same |= four(own + i) == other;
     const Two halves = reinterpret_cast<Two>(same);
     return (halves[0] | halves[1]) != 0;
   }
@@ -77,11 +75,9 @@ class Lists {
   typedef int32_t Loose __attribute__((vector_size(16), aligned(4), may_alias));
   typedef int64_t Two __attribute__((vector_size(16)));
   static Four four(const int32_t *p) { return *reinterpret_cast<const Loose *>(p); }
-  int64_t whole() const { return (count() - 1) / 4 * 4; }
 
   const int32_t *rows_;
   int64_t stride_, count_;
-  Four rest_;
 };
 
 // Each pair of a row and another in its list once, (smaller, larger), sorted.
@@ -111,6 +107,7 @@ Buffer<int32_t> distinct_pairs(const Lists<Count> &lists, int64_t rows) {
     }
     for (int64_t n = 0; n < count; ++n) {
       if (lists.names(larger[n], i)) continue;
+      if (waiting.size() == std::numeric_limits<int32_t>::max()) throw std::invalid_argument("too many rows name others that do not name them");
       waiting.push_back({i, chain[larger[n]]});
       chain[larger[n]] = static_cast<int32_t>(waiting.size()) - 1;
       ++next[i + 1];
@@ -141,11 +138,10 @@ nb::object neighbour_edges(Array<const int32_t, 2> neighbours, int64_t k) {
   constexpr int64_t kUsual = 11;  // a row and 10 neighbours
   const int64_t rows = neighbours.shape(0), width = neighbours.shape(1);
   if (k < 1 || rows > std::numeric_limits<int32_t>::max()) throw std::invalid_argument("a graph needs k above 0 and less than 2^31 points");
-  const auto registers = [](int64_t count) { return (count + 3) / 4; };
   Buffer<int32_t> ends;
   {
     nb::gil_scoped_release release;
-    const bool wide = k < width && 4 * registers(k + 1) <= width;
+    const bool wide = k < width && k + 1 >= 4;
     const Lists<kUsual> usual(neighbours.data(), width, kUsual);
     const Lists<0> lists(neighbours.data(), width, k + 1);
     if (wide && k + 1 == kUsual && usual.complete(rows)) {
@@ -153,16 +149,16 @@ nb::object neighbour_edges(Array<const int32_t, 2> neighbours, int64_t k) {
     } else if (wide && lists.complete(rows)) {
       ends = distinct_pairs(lists, rows);
     } else {
-      const int64_t most = std::min(k, width), stride = 4 * registers(most);
-      Buffer<int32_t> others(rows * stride);
+      const int64_t most = std::min(k, width), count = std::max<int64_t>(most, 4);
+      Buffer<int32_t> others(rows * count);
       parallel_rows(rows, [&](int64_t i) {
         const int32_t *other = neighbours.data() + i * width, *end = other + width;
-        int32_t *own = others.data() + i * stride, *next = own;
+        int32_t *own = others.data() + i * count, *next = own;
         for (; other < end && next < own + most; ++other)
           if (*other >= 0 && *other < rows && *other != i) *next++ = *other;
-        std::fill(next, own + stride, static_cast<int32_t>(i));
+        std::fill(next, own + count, static_cast<int32_t>(i));
       });
-      ends = distinct_pairs(Lists<0>(others.data(), stride, most), rows);
+      ends = distinct_pairs(Lists<0>(others.data(), count, count), rows);
     }
   }
   return to_torch(std::move(ends), 2);

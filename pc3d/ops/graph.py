@@ -220,8 +220,6 @@ class PointGraph:
             raise ValueError("color_weight needs colours and semantic_weight probabilities")
         coord, order, place = _in_canonical_order(coord, offsets)
         reach = [neighbours + 1] * (edges is None) + [normal_neighbours] * (normal is None)
-        if normal is not None and edges is None:
-            reach.append(-(-reach[0] // 4) * 4)  # rows of whole registers are taken as they are
         found = nearest_rows(coord, offsets, max(reach), min(reach), along_curve=True) if reach else None
         if normal is not None:
             normal = normal.float()[order]
