@@ -1,4 +1,4 @@
-// Graph segmentation on the CPU: edges of a neighbour graph, and the merge of Felzenszwalb and
+// Graph segmentation on the CPU: edges of a mesh, and the merge of Felzenszwalb and
 // Huttenlocher ("Efficient graph-based image segmentation", IJCV 2004). Pairs of rows and the merge are serial; everything
 // else writes each result from one place, so nothing depends on the number of threads.
 #include <nanobind/stl/optional.h>
@@ -14,6 +14,7 @@
 
 #include "array.h"
 #include "curve.h"
+#include "isa.h"
 #include "module.h"
 #include "parallel.h"
 #include "radix_sort.h"
@@ -41,127 +42,6 @@ const Edge *as_edges(const Array<const int32_t, 2> &edges, int64_t rows) {
   if (edges.shape(1) != 2) throw std::invalid_argument("edges must be (M, 2)");
   if (!inside(edges.data(), edges.size(), rows)) throw std::invalid_argument("an edge names a point outside 0.." + std::to_string(rows - 1));
   return reinterpret_cast<const Edge *>(edges.data());
-}
-
-// The first neighbours of each row, 4 at least, `stride` apart: one list holds the row itself, and may hold it again.
-// `Count` of them, or `count` where that is 0.
-template <int64_t Count>
-class Lists {
- public:
-  Lists(const int32_t *rows, int64_t stride, int64_t count) : rows_(rows), stride_(stride), count_(count) {}
-  int64_t count() const { return Count ? Count : count_; }
-  // Whether each list has its own row, once, and nothing that is not a row.
-  bool complete(int64_t rows) const {
-    bool complete = true;
-    for (int32_t i = 0; i < rows; ++i) {
-      const int32_t *own = of(i);
-      int32_t same = 0;
-      for (int64_t n = 0; n < count(); ++n) same += own[n] == i;
-      complete &= same == 1 && inside(own, count(), rows);
-    }
-    return complete;
-  }
-  const int32_t *of(int64_t row) const { return rows_ + row * stride_; }
-  bool names(int64_t row, int32_t other) const {
-    const int32_t *own = of(row);
-    Four same = four(own + count() - 4) == other;  // some of them again
-    for (int64_t i = 0; i + 4 < count(); i += 4) same |= four(own + i) == other;
-    const Two halves = reinterpret_cast<Two>(same);
-    return (halves[0] | halves[1]) != 0;
-  }
-
- private:
-  typedef int32_t Four __attribute__((vector_size(16)));
-  typedef int32_t Loose __attribute__((vector_size(16), aligned(4), may_alias));
-  typedef int64_t Two __attribute__((vector_size(16)));
-  static Four four(const int32_t *p) { return *reinterpret_cast<const Loose *>(p); }
-
-  const int32_t *rows_;
-  int64_t stride_, count_;
-};
-
-// Each pair of a row and another in its list once, (smaller, larger), sorted.
-//
-// A pair is put where its smaller row has its pairs, when it is the turn of its larger row. Rows that only their smaller row
-// names wait in a chain for that turn.
-template <int64_t Count>
-Buffer<int32_t> distinct_pairs(const Lists<Count> &lists, int64_t rows) {
-  struct Waiting {
-    int32_t row, next;
-  };
-  std::vector<Waiting> waiting;
-  std::vector<int32_t> chains(rows, -1), found(lists.count());
-  std::vector<int64_t> starts(rows + 1);
-  int32_t *const chain = chains.data(), *const larger = found.data();
-  int64_t *const next = starts.data();
-  for (int32_t i = 0; i < rows; ++i) {
-    const int32_t *own = lists.of(i);
-    if (i + kAhead < rows)
-      for (int64_t n = 0; n < lists.count(); ++n) __builtin_prefetch(lists.of(lists.of(i + kAhead)[n]));
-    int64_t count = 0;
-    for (int64_t n = 0; n < lists.count(); ++n) {
-      const int32_t other = own[n];
-      larger[count] = other;
-      count += other > i;
-      next[other + 1] += other < i;
-    }
-    for (int64_t n = 0; n < count; ++n) {
-      if (lists.names(larger[n], i)) continue;
-      if (waiting.size() == std::numeric_limits<int32_t>::max()) throw std::invalid_argument("too many rows name others that do not name them");
-      waiting.push_back({i, chain[larger[n]]});
-      chain[larger[n]] = static_cast<int32_t>(waiting.size()) - 1;
-      ++next[i + 1];
-    }
-  }
-  std::partial_sum(starts.begin(), starts.end(), starts.begin());
-  const int64_t total = starts[rows];
-  Buffer<int32_t> ends(2 * (total + 1));  // one more, for what is not put
-  Edge *const edges = reinterpret_cast<Edge *>(ends.data());
-  for (int32_t i = 0; i < rows; ++i) {
-    const int32_t *own = lists.of(i);
-    for (int64_t n = 0; n < lists.count(); ++n) {
-      const int32_t other = own[n];
-      const int64_t at = next[other];
-      edges[other < i ? at : total] = {other, i};
-      next[other] = at + (other < i);
-    }
-    for (int32_t at = chain[i]; at >= 0; at = waiting[at].next) edges[next[waiting[at].row]++] = {waiting[at].row, i};
-  }
-  // A row may name another twice.
-  const Edge *end = std::unique(edges, edges + total, [](Edge x, Edge y) { return x.a == y.a && x.b == y.b; });
-  ends.shrink(2 * (end - edges));
-  return ends;
-}
-
-// Each undirected pair of a neighbour table once, (smaller, larger), sorted; at most `k` neighbours of a row count.
-nb::object neighbour_edges(Array<const int32_t, 2> neighbours, int64_t k) {
-  constexpr int64_t kUsual = 11;  // a row and 10 neighbours
-  const int64_t rows = neighbours.shape(0), width = neighbours.shape(1);
-  if (k < 1 || rows > std::numeric_limits<int32_t>::max()) throw std::invalid_argument("a graph needs k above 0 and less than 2^31 points");
-  Buffer<int32_t> ends;
-  {
-    nb::gil_scoped_release release;
-    const bool wide = k < width && k + 1 >= 4;
-    const Lists<kUsual> usual(neighbours.data(), width, kUsual);
-    const Lists<0> lists(neighbours.data(), width, k + 1);
-    if (wide && k + 1 == kUsual && usual.complete(rows)) {
-      ends = distinct_pairs(usual, rows);
-    } else if (wide && lists.complete(rows)) {
-      ends = distinct_pairs(lists, rows);
-    } else {
-      const int64_t most = std::min(k, width), count = std::max<int64_t>(most, 4);
-      Buffer<int32_t> others(rows * count);
-      parallel_rows(rows, [&](int64_t i) {
-        const int32_t *other = neighbours.data() + i * width, *end = other + width;
-        int32_t *own = others.data() + i * count, *next = own;
-        for (; other < end && next < own + most; ++other)
-          if (*other >= 0 && *other < rows && *other != i) *next++ = *other;
-        std::fill(next, own + count, static_cast<int32_t>(i));
-      });
-      ends = distinct_pairs(Lists<0>(others.data(), count, count), rows);
-    }
-  }
-  return to_torch(std::move(ends), 2);
 }
 
 // Edges (smaller, larger) between different rows, each once and sorted; rows are numbered anew by `place`.
@@ -211,7 +91,7 @@ void sorted_rows(Array<const float, 2> coord, Array<const int64_t, 1> offsets, A
 }
 
 // Ascending as the values are; -0 and 0 are alike.
-uint32_t ascending_key(float value) {
+inline uint32_t ascending_key(float value) {
   uint32_t bits;
   value += 0.0f;
   std::memcpy(&bits, &value, 4);
@@ -222,6 +102,22 @@ float value_of(uint32_t key) {
   float value;
   std::memcpy(&value, &bits, 4);
   return value;
+}
+
+PC3D_CLONES uint32_t largest_key(const float *values, int64_t count) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t key = ascending_key(values[i]);
+    largest = key > largest ? key : largest;
+  }
+  return largest;
+}
+
+PC3D_CLONES void find_buckets(const float *values, int64_t count, int shift, uint32_t first, uint16_t *buckets) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t at = ascending_key(values[i]) >> shift;
+    buckets[i] = static_cast<uint16_t>(at > first ? at - first : 0);
+  }
 }
 
 // Components of points, joined by size.
@@ -263,20 +159,25 @@ class EdgeQueue {
   static constexpr int64_t kBuckets = 1024;
 
   EdgeQueue(const Edge *edges, const float *weights, int64_t count) : items_(count), starts_(kBuckets + 1) {
-    float largest = -std::numeric_limits<float>::infinity();
-    for (int64_t e = 0; e < count; ++e) largest = weights[e] > largest ? weights[e] : largest;
-    const uint32_t last = ascending_key(largest) >> kShift;
+    const uint32_t last = largest_key(weights, count) >> kShift;
     first_ = last < kBuckets ? 0 : last - (kBuckets - 1);
-    const auto bucket = [&](float weight) {
-      const uint32_t at = ascending_key(weight) >> kShift;
-      return at > first_ ? at - first_ : 0;
-    };
+    Buffer<uint16_t> buckets(count);
+    find_buckets(weights, count, kShift, first_, buckets.data());
     std::fill(starts_.begin(), starts_.end(), 0);
-    for (int64_t e = 0; e < count; ++e) ++starts_[bucket(weights[e]) + 1];
-    std::partial_sum(starts_.begin(), starts_.end(), starts_.begin());
-    Buffer<int64_t> next(kBuckets);
-    std::copy(starts_.begin(), starts_.end() - 1, next.begin());
-    for (int64_t e = 0; e < count; ++e) items_[next[bucket(weights[e])]++] = {ascending_key(weights[e]), edges[e]};
+    Buffer<int64_t> next(kBuckets);  // every other edge is counted here
+    std::fill(next.begin(), next.end(), 0);
+    for (int64_t e = 0; e + 1 < count; e += 2) ++starts_[buckets[e] + 1], ++next[buckets[e + 1]];
+    if (count % 2) ++starts_[buckets[count - 1] + 1];
+    for (int64_t i = 0; i < kBuckets; ++i) {
+      const int64_t other = next[i];
+      next[i] = starts_[i];
+      starts_[i + 1] += starts_[i] + other;
+    }
+    for (int64_t e = 0; e < count; ++e) {
+      Item *const item = items_.data() + next[buckets[e]]++;
+      __builtin_prefetch(item + 8, 1);
+      *item = {weights[e], edges[e]};
+    }
   }
   // No edge of the bucket, nor of those after it, weighs less.
   float least(int64_t bucket) const {
@@ -290,27 +191,30 @@ class EdgeQueue {
     for (const Item *item = first, *end = items_.data() + starts_[bucket + 1]; item < end; ++item) {
       if (item + kAhead < items_.end()) components.prefetch(item[kAhead].edge.a), components.prefetch(item[kAhead].edge.b);
       const Edge ends{components.root(item->edge.a), components.root(item->edge.b)};
-      *last = {item->key, ends};
+      *last = {item->weight, ends};
       last += ends.a != ends.b;
     }
     last = std::remove_if(first, last, [&](const Item &item) { return drop(item.edge.a, item.edge.b); });
     uint32_t low = std::numeric_limits<uint32_t>::max(), high = 0;
-    for (const Item *item = first; item < last; ++item) low = std::min(low, item->key), high = std::max(high, item->key);
+    for (const Item *item = first; item < last; ++item) {
+      const uint32_t key = ascending_key(item->weight);
+      low = std::min(low, key), high = std::max(high, key);
+    }
     const int row_bits = bit_length(static_cast<uint64_t>(last - first));
     Buffer<PackedRow> order(last - first);
-    for (int64_t i = 0; i < order.size(); ++i) order[i] = PackedRow::make(first[i].key - low, i, row_bits);
+    for (int64_t i = 0; i < order.size(); ++i) order[i] = PackedRow::make(ascending_key(first[i].weight) - low, i, row_bits);
     if (order.size() > 1) radix_sort(order, bit_length(high - low), row_bits);
     for (const PackedRow &at : order) {
       const Item &item = first[at.row(row_bits)];
       const int32_t a = components.root(item.edge.a), b = components.root(item.edge.b);
-      if (a != b) take(a, b, value_of(item.key));
+      if (a != b) take(a, b, item.weight);
     }
   }
 
  private:
   static constexpr int kShift = 18;  // 32 buckets for each power of two; less than 2^-31 of the largest shares the first
   struct Item {
-    uint32_t key;
+    float weight;
     Edge edge;
   };
   Buffer<Item> items_;
@@ -374,8 +278,6 @@ void merge(Array<const int32_t, 2> edges, Array<const float, 1> weights, double 
 }  // namespace
 
 void register_graph(nb::module_ &m) {
-  m.def("graph_edges", &neighbour_edges, nb::arg("neighbours"), nb::arg("k"),
-        "Undirected edges (smaller, larger), sorted, of the first k neighbours of each row other than itself.");
   m.def("graph_distinct_edges", &distinct_edges, nb::arg("edges"), nb::arg("place"),
         "Edges (smaller, larger) of place[edges], without loops, each once, sorted.");
   m.def("graph_sorted_rows", &sorted_rows, nb::arg("coord"), nb::arg("offsets"), nb::arg("order"), nb::arg("place"),

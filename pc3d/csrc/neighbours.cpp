@@ -44,16 +44,26 @@ void sort_nearest(float *distances, int32_t *rows, int64_t n, int64_t k) {
   }
 }
 
+static bool same(RowPair a, RowPair b) { return a.smaller == b.smaller && a.larger == b.larger; }
+
+int64_t sort_pairs(RowPair *pairs, int64_t n) {
+  std::sort(pairs, pairs + n, [](RowPair a, RowPair b) { return a.smaller != b.smaller ? a.smaller < b.smaller : a.larger < b.larger; });
+  int64_t again = 0;
+  for (int64_t i = 1; i < n; ++i) again += same(pairs[i - 1], pairs[i]);
+  return again;
+}
+
 namespace {
 
 constexpr int64_t kQueryBlock = 1024;      // queries of one task
 constexpr int64_t kNormalBlock = 1024;     // points of one task
+constexpr int64_t kPairBlock = 4096;       // points of one task
 constexpr int64_t kEdgeBlock = 4096;       // edges of one task
 constexpr int64_t kLeastCapacity = 2048;   // candidates that queries share
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 const std::vector<const NeighbourKernels *> &usable() {
-  static const auto kernels = usable_kernels<NeighbourKernels>(nullptr, neighbour_kernels_avx2(), neighbour_kernels_generic());
+  static const auto kernels = usable_kernels(neighbour_kernels_avx512(), neighbour_kernels_avx2(), neighbour_kernels_generic());
   return kernels;
 }
 
@@ -226,6 +236,18 @@ nb::object near_rows(Array<const float, 2> coord, Array<const int64_t, 1> offset
   return to_torch(std::move(rows), k);
 }
 
+// Points of 4 numbers, which one load takes.
+Buffer<float> in_fours(const float *points, int64_t rows) {
+  Buffer<float> fours(4 * rows);
+  parallel_tasks((rows + kNormalBlock - 1) / kNormalBlock, [&](int64_t task) {
+    for (int64_t i = task * kNormalBlock, end = std::min(i + kNormalBlock, rows); i < end; ++i) {
+      for (int axis = 0; axis < 3; ++axis) fours[4 * i + axis] = points[3 * i + axis];
+      fours[4 * i + 3] = 0;
+    }
+  });
+  return fours;
+}
+
 void normals(Array<const float, 2> coord, Array<const int64_t, 1> offsets, Array<const int32_t, 2> neighbours,
              Array<const float, 2> centers, Array<float, 2> out, const std::string &isa) {
   const NeighbourKernels &kernels = find_kernels(usable(), isa);
@@ -239,11 +261,12 @@ void normals(Array<const float, 2> coord, Array<const int64_t, 1> offsets, Array
   for (int64_t i = 0; i < rows * k; ++i) signs |= last - static_cast<uint32_t>(neighbours.data()[i]);
   if (signs >> 31) throw std::invalid_argument("a neighbour is a point that does not exist");
   nb::gil_scoped_release release;
+  const Buffer<float> points = in_fours(coord.data(), rows);
   for (int64_t cloud = 0; cloud < static_cast<int64_t>(centers.shape(0)); ++cloud) {
     const int64_t first = offsets.data()[cloud], last = offsets.data()[cloud + 1];
     parallel_tasks((last - first + kNormalBlock - 1) / kNormalBlock, [&](int64_t task) {
       const int64_t begin = first + task * kNormalBlock;
-      kernels.normals(coord.data(), neighbours.data(), k, centers.data() + 3 * cloud, begin, std::min(begin + kNormalBlock, last), out.data());
+      kernels.normals(points.data(), neighbours.data(), k, centers.data() + 3 * cloud, begin, std::min(begin + kNormalBlock, last), out.data());
     });
   }
 }
@@ -257,12 +280,89 @@ nb::object edge_weights(Array<const float, 2> coord, Array<const float, 2> norma
   Buffer<float> weights(count);
   {
     nb::gil_scoped_release release;
+    const Buffer<float> points = in_fours(coord.data(), rows), normals = in_fours(normal.data(), rows);
     parallel_tasks((count + kEdgeBlock - 1) / kEdgeBlock, [&](int64_t task) {
       const int64_t begin = task * kEdgeBlock;
-      kernels.edge_weights(coord.data(), normal.data(), edges.data(), begin, std::min(begin + kEdgeBlock, count), weights.data());
+      kernels.edge_weights(points.data(), normals.data(), edges.data(), begin, std::min(begin + kEdgeBlock, count), weights.data());
     });
   }
   return to_torch(std::move(weights));
+}
+
+// Each pair of a point and another in its list once, (smaller, larger), sorted. Empty, and false in `complete`, where a list does
+// not have its point once, or a number that is no point.
+//
+// The pairs of a point are those with larger points in its list, and with larger points that it does not list but that list it.
+Buffer<int32_t> distinct_pairs(const NeighbourKernels &kernels, const RowLists &lists, bool &complete) {
+  const int64_t blocks = (lists.points + kPairBlock - 1) / kPairBlock;
+  struct Block {
+    std::vector<RowPair> one_way;
+    int64_t first, count;
+    bool complete, distinct;
+  };
+  std::vector<Block> found(blocks);
+  const auto each = [&](auto &&run) {
+    parallel_tasks(blocks, [&](int64_t b) { run(found[b], b * kPairBlock, std::min((b + 1) * kPairBlock, lists.points)); });
+  };
+  each([&](Block &block, int64_t begin, int64_t end) {
+    Buffer<RowPair> pairs((end - begin) * lists.count);
+    int64_t count = 0;
+    block.complete = kernels.one_way(lists, begin, end, pairs.data(), &count, &block.count);
+    block.one_way.assign(pairs.data(), pairs.data() + count);
+  });
+  complete = std::all_of(found.begin(), found.end(), [](const Block &block) { return block.complete; });
+  if (!complete) return Buffer<int32_t>();
+  std::vector<int64_t> starts(lists.points + 2);  // two further on, then one, while they are filled
+  for (const Block &block : found)
+    for (const RowPair &pair : block.one_way) ++starts[pair.smaller + 2];
+  std::partial_sum(starts.begin(), starts.end(), starts.begin());
+  Buffer<int32_t> others(starts.back() + 2);
+  std::fill(others.end() - 2, others.end(), 0);  // read, whatever they are
+  for (const Block &block : found)
+    for (const RowPair &pair : block.one_way) others[starts[pair.smaller + 1]++] = pair.larger;
+  int64_t total = 0;
+  each([&](Block &block, int64_t begin, int64_t end) { block.count += starts[end] - starts[begin]; });
+  for (Block &block : found) block.first = total, total += block.count;
+  Buffer<int32_t> ends(2 * total);
+  RowPair *const pairs = reinterpret_cast<RowPair *>(ends.data());
+  const auto put = [&](bool distinct) {
+    each([&](Block &block, int64_t begin, int64_t end) {
+      RowPair *const out = pairs + block.first;
+      block.distinct = kernels.pairs(lists, others.data(), starts.data(), begin, end, distinct, out, out + block.count);
+    });
+  };
+  put(true);
+  if (!std::all_of(found.begin(), found.end(), [](const Block &block) { return block.distinct; })) {
+    put(false);
+    ends.shrink(2 * (std::unique(pairs, pairs + total, same) - pairs));
+  }
+  return ends;
+}
+
+// Each undirected pair of a neighbour table once, (smaller, larger), sorted; at most `k` neighbours of a row count.
+nb::object neighbour_edges(Array<const int32_t, 2> neighbours, int64_t k, const std::string &isa) {
+  const NeighbourKernels &kernels = find_kernels(usable(), isa);
+  const int64_t rows = neighbours.shape(0), width = neighbours.shape(1);
+  if (k < 1 || rows >= kNobody) throw std::invalid_argument("a graph needs k above 0 and less than 2^31 - 1 points");
+  Buffer<int32_t> pairs;
+  {
+    nb::gil_scoped_release release;
+    bool complete = false;
+    if (k < width) pairs = distinct_pairs(kernels, {neighbours.data(), rows, width, k + 1, false}, complete);
+    if (!complete) {
+      const int64_t most = std::min(k, width);
+      Buffer<int32_t> lists(rows * most);
+      for (int64_t i = 0; i < rows; ++i) {
+        const int32_t *other = neighbours.data() + i * width, *const end = other + width;
+        int32_t *next = lists.data() + i * most, *const last = next + most;
+        for (; other < end && next < last; ++other)
+          if (*other >= 0 && *other < rows && *other != i) *next++ = *other;
+        std::fill(next, last, static_cast<int32_t>(i));
+      }
+      pairs = distinct_pairs(kernels, {lists.data(), rows, most, most, true}, complete);
+    }
+  }
+  return to_torch(std::move(pairs), 2);
 }
 
 void sample_cloud(const NeighbourKernels &kernels, const float *coord, int64_t points, int64_t count, int64_t start, int64_t *out) {
@@ -319,6 +419,8 @@ void register_neighbours(nb::module_ &m) {
         "many nearest ones come first. `along_curve` says that the points of each cloud lie in an order that keeps neighbours together.");
   m.def("normals", &normals, nb::arg("coord"), nb::arg("offsets"), nb::arg("neighbours"), nb::arg("centers"), nb::arg("out"),
         nb::arg("isa") = "", "Unit normals: direction of least spread of the neighbours of each row (-1 ends them), towards its cloud's centre.");
+  m.def("neighbour_edges", &neighbour_edges, nb::arg("neighbours"), nb::arg("k"), nb::arg("isa") = "",
+        "Undirected edges (smaller, larger), sorted, of the first k neighbours of each row other than itself.");
   m.def("edge_weights", &edge_weights, nb::arg("coord"), nb::arg("normal"), nb::arg("edges"), nb::arg("isa") = "",
         "1 - cosine of the normals, squared where the edge is convex, at least 0.");
   m.def("farthest_points", &farthest_points, nb::arg("coord"), nb::arg("offsets"), nb::arg("sampled"), nb::arg("starts"),

@@ -5,7 +5,7 @@
 
 namespace pc3d {
 
-constexpr int64_t kFan = 8;         // children of a node, points of a leaf
+constexpr int64_t kFan = 16;        // children of a node, points of a leaf
 constexpr int kMostLevels = 10;     // 8^10 leaves hold 2^31 points and more
 constexpr int64_t kMostRanked = 128;  // candidates put in order by counting; more are sorted
 constexpr int64_t kSplit = 32;      // candidates that are only split, into the nearest and others; a multiple of kFan
@@ -54,6 +54,18 @@ struct SampleState {
   int32_t *row[kMostLevels];
 };
 
+// The first `count` numbers of each list, `stride` apart: of each point a list, which holds the point itself and others.
+struct RowLists {
+  const int32_t *rows;
+  int64_t points, stride, count;
+  bool filled;  // with the point itself, where there are fewer others
+};
+struct RowPair {
+  int32_t smaller, larger;
+};
+
+// Puts them in ascending order; how many are there again.
+int64_t sort_pairs(RowPair *pairs, int64_t n);
 // Puts the k nearest of n first, ascending by distance, then row.
 void sort_nearest(float *distances, int32_t *rows, int64_t n, int64_t k);
 
@@ -63,13 +75,24 @@ struct NeighbourKernels {
   void (*nearest)(const PointTree &tree, const Queries &queries, int64_t begin, int64_t end, const SearchSpace &space);
   // `count` rows, each the farthest from those before it.
   void (*farthest)(const PointTree &tree, const float *coord, int64_t count, int64_t start, const SampleState &state, int64_t *out);
+  // Points, and their normals, have 4 numbers here, aligned to as much, of which the last is anything.
   // Of points [begin, end): the direction in which their k neighbours spread least, -1 after the last, towards one `center`.
   void (*normals)(const float *coord, const int32_t *neighbours, int64_t k, const float *center, int64_t begin, int64_t end, float *out);
   // Of edges [begin, end), pairs of rows: 1 - cosine of the normals, squared where the edge is convex, at least 0.
   void (*edge_weights)(const float *coord, const float *normal, const int32_t *edges, int64_t begin, int64_t end, float *out);
+  // Of the lists of points [begin, end): the pairs with smaller ones that do not list them, ascending by the larger, and how
+  // many larger ones they list. False, and anything, where a list has a number that is no point, or its point not
+  // once.
+  bool (*one_way)(const RowLists &lists, int64_t begin, int64_t end, RowPair *out, int64_t *count, int64_t *larger);
+  // Pairs of points [begin, end) with the larger ones that they list and with `others`, which point i has from starts[i] on (two
+  // numbers more can be read):
+  // sorted, to the places from `out` to `out_end`. False, and anything, if `distinct` does not hold: nobody is there twice.
+  bool (*pairs)(const RowLists &lists, const int32_t *others, const int64_t *starts, int64_t begin, int64_t end, bool distinct, RowPair *out,
+                const RowPair *out_end);
 };
 
 const NeighbourKernels *neighbour_kernels_generic();
-const NeighbourKernels *neighbour_kernels_avx2();  // null when not compiled
+const NeighbourKernels *neighbour_kernels_avx2();    // null when not compiled
+const NeighbourKernels *neighbour_kernels_avx512();  // likewise
 
 }  // namespace pc3d

@@ -6,7 +6,7 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -33,7 +33,13 @@ inline float smaller(float a, float b) { return a < b ? a : b; }
 inline Int load(const int32_t *p) { return reinterpret_cast<Int>(load(reinterpret_cast<const float *>(p))); }
 inline void store(int32_t *p, Int v) { store(reinterpret_cast<float *>(p), reinterpret_cast<Vec>(v)); }
 
-// Lane i of the result is bit i.
+// Sets of lanes: lane i is bit i.
+#if PC3D_WIDTH == 16 && defined(__AVX512F__)
+inline uint32_t at_most(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
+inline uint32_t less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+inline uint32_t less(Int a, Int b) { return _mm512_cmplt_epi32_mask(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)); }
+inline uint32_t equal(Int a, Int b) { return _mm512_cmpeq_epi32_mask(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)); }
+#else
 inline uint32_t bits(Int mask) {
 #if PC3D_WIDTH == 8 && defined(__AVX2__)
   return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(mask)));
@@ -43,6 +49,11 @@ inline uint32_t bits(Int mask) {
   return found;
 #endif
 }
+inline uint32_t at_most(Vec a, Vec b) { return bits(a <= b); }
+inline uint32_t less(Vec a, Vec b) { return bits(a < b); }
+inline uint32_t less(Int a, Int b) { return bits(a < b); }
+inline uint32_t equal(Int a, Int b) { return bits(a == b); }
+#endif
 
 #if PC3D_WIDTH == 8 && defined(__AVX2__)
 struct PackingTable {
@@ -56,10 +67,17 @@ struct PackingTable {
 constexpr PackingTable kPackings;
 #endif
 
-// Moves the lanes whose bits are set to the front.
+// The first `count` lanes, or all.
+inline uint32_t first_lanes(int64_t count) { return (1u << smaller(count, kWidth)) - 1; }
+
+// Moves the lanes of a set to the front.
 struct Packing {
   int64_t count;
-#if PC3D_WIDTH == 8 && defined(__AVX2__)
+#if PC3D_WIDTH == 16 && defined(__AVX512F__)
+  __mmask16 set;
+  explicit Packing(uint32_t set) : count(__builtin_popcount(set)), set(static_cast<__mmask16>(set)) {}
+  Vec operator()(Vec v) const { return _mm512_maskz_compress_ps(set, v); }
+#elif PC3D_WIDTH == 8 && defined(__AVX2__)
   __m256i lanes;
   explicit Packing(uint32_t set)
       : count(__builtin_popcount(set)),
@@ -79,6 +97,52 @@ struct Packing {
 #endif
   Int operator()(Int v) const { return reinterpret_cast<Int>((*this)(reinterpret_cast<Vec>(v))); }
 };
+
+// The levels of kSplit candidates, in registers of twice as many lanes.
+typedef int16_t Short __attribute__((vector_size(kWidth * sizeof(float))));
+#if PC3D_WIDTH == 16 && defined(__AVX512BW__)
+inline Short narrow(Int a, Int b) {
+  return reinterpret_cast<Short>(_mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(a))),
+                                                    _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(b)), 1));
+}
+inline Short count_less(Short count, Short a, Short b) {
+  const __m512i counted = reinterpret_cast<__m512i>(count);
+  const __mmask32 less = _mm512_cmplt_epi16_mask(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b));
+  return reinterpret_cast<Short>(_mm512_mask_sub_epi16(counted, less, counted, _mm512_set1_epi16(-1)));
+}
+inline uint32_t less(Short a, Short b) { return _mm512_cmplt_epi16_mask(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)); }
+inline Int whole(Vec v) { return reinterpret_cast<Int>(_mm512_cvttps_epi32(v)); }
+#else
+inline Short narrow(Int a, Int b) {
+#if PC3D_WIDTH == 8 && defined(__AVX2__)
+  const __m256i mixed = _mm256_packs_epi32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b));
+  return reinterpret_cast<Short>(_mm256_permute4x64_epi64(mixed, 0xD8));
+#else
+  Short out;
+  for (int lane = 0; lane < kWidth; ++lane) out[lane] = static_cast<int16_t>(a[lane]), out[kWidth + lane] = static_cast<int16_t>(b[lane]);
+  return out;
+#endif
+}
+inline Short count_less(Short count, Short a, Short b) { return count - (a < b); }
+inline uint32_t less(Short a, Short b) {
+  const Short mask = a < b;
+#if PC3D_WIDTH == 8 && defined(__AVX2__)
+  const __m256i halves = reinterpret_cast<__m256i>(mask);
+  return static_cast<uint32_t>(_mm_movemask_epi8(_mm_packs_epi16(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1))));
+#else
+  uint32_t found = 0;
+  for (int lane = 0; lane < 2 * kWidth; ++lane) found |= static_cast<uint32_t>(mask[lane] & 1) << lane;
+  return found;
+#endif
+}
+inline Int whole(Vec v) { return __builtin_convertvector(v, Int); }
+#endif
+inline int16_t largest(Short v) {
+  int16_t lanes[2 * kWidth], most = 0;
+  memcpy(lanes, &v, sizeof v);
+  for (int16_t lane : lanes) most = lane > most ? lane : most;
+  return most;
+}
 
 struct Box {
   float low[3], high[3];
@@ -128,7 +192,7 @@ int64_t gather(const PointTree &tree, const Box &around, float bound, const Sear
       const int64_t first = kFan * nodes[node];
       for (int64_t i = first; i < first + kFan; i += kWidth) {
         const Int own = lane + static_cast<int32_t>(i);
-        const Packing packing(bits((box.distance(level.low, level.high, i) <= most) & (own < end)));
+        const Packing packing(at_most(box.distance(level.low, level.high, i), most) & less(own, end));
         store(inside + found, packing(own));
         found += packing.count;
       }
@@ -141,7 +205,7 @@ int64_t gather(const PointTree &tree, const Box &around, float bound, const Sear
     if (points + kFan > space.capacity) return -1;
     const int64_t first = kFan * nodes[node];
     for (int64_t i = first; i < first + kFan; i += kWidth) {
-      const Packing packing(bits(box.distance(tree.coord, tree.coord, i) <= most));
+      const Packing packing(at_most(box.distance(tree.coord, tree.coord, i), most));
       for (int axis = 0; axis < 3; ++axis) store(space.coord[axis] + points, packing(load(tree.coord[axis] + i)));
       store(space.rows + points, packing(load(tree.row + i)));
       points += packing.count;
@@ -161,7 +225,7 @@ inline int64_t candidates_within(const SearchSpace &space, int64_t count, const 
   for (int64_t i = 0; i < count; i += kWidth) {
     const Vec dx = load(xs + i) - x, dy = load(ys + i) - y, dz = load(zs + i) - z;
     const Vec d = (dx * dx + dy * dy) + dz * dz;
-    const Packing packing(bits(d <= most));
+    const Packing packing(at_most(d, most));
     store(distances + found, packing(d));
     store(rows + found, packing(load(space.rows + i)));
     found += packing.count;
@@ -240,43 +304,54 @@ struct Found {
   }
 };
 
-// The k nearest of n candidates, k <= n <= kSplit: the `inner` nearest, then the others, in no order; nothing here depends on
-// n. Returns the distance of the k-th; -1, and has put nothing, where equal distances lie on both sides of a border.
-inline float put_apart(const SearchSpace &space, const Found &found) {
-  constexpr int kRegisters = kSplit / kWidth;
-  const int32_t inner = static_cast<int32_t>(found.queries.inner), k = static_cast<int32_t>(found.k);
-  Vec own[kRegisters];
-  Int nearer[kRegisters] = {};
-  for (int r = 0; r < kRegisters; ++r) own[r] = load(space.distances + r * kWidth);
-  for (int64_t j = 0; j < kSplit; ++j) {
-    const Vec other = splat(space.distances[j]);
-    for (int r = 0; r < kRegisters; ++r) nearer[r] -= other < own[r];
+// The k nearest of n candidates within `bound`, k <= n <= kSplit: the `inner` nearest, then the others, in no order; nothing
+// here depends on n. They are told apart by levels, 2^15 of them up to the bound. Returns at least the distance of the k-th; -1,
+// and has put nothing, where candidates of one level lie on both sides of a border.
+inline float put_apart(const SearchSpace &space, float bound, const Found &found) {
+  constexpr int kRegisters = kSplit / (2 * kWidth);
+  constexpr float kLast = 32767;
+  const Vec scale = splat((kLast - 1) / bound), last = splat(kLast);
+  const auto level = [&](int64_t i) { return whole(smaller(load(space.distances + i) * scale, last)); };  // the last if NaN
+  alignas(64) int32_t twice[kSplit];
+  Short own[kRegisters], nearer[kRegisters] = {};
+  for (int r = 0; r < kRegisters; ++r) {
+    const Int low = level(2 * r * kWidth), high = level((2 * r + 1) * kWidth);
+    own[r] = narrow(low, high);
+    store(twice + 2 * r * kWidth, low << 16 | low);
+    store(twice + (2 * r + 1) * kWidth, high << 16 | high);
   }
+  for (int64_t j = 0; j < kSplit; ++j) {
+    const Short other = reinterpret_cast<Short>(Int{} + twice[j]);
+    for (int r = 0; r < kRegisters; ++r) nearer[r] = count_less(nearer[r], other, own[r]);
+  }
+  const Short inner = Short{} + static_cast<int16_t>(found.queries.inner), k = Short{} + static_cast<int16_t>(found.k);
+  uint64_t first = 0, near = 0;
+  Short farthest{};
+  for (int r = 0; r < kRegisters; ++r) {
+    first |= static_cast<uint64_t>(less(nearer[r], inner)) << 2 * r * kWidth;
+    near |= static_cast<uint64_t>(less(nearer[r], k)) << 2 * r * kWidth;
+    const Short within = own[r] & (nearer[r] < k);
+    farthest = within > farthest ? within : farthest;
+  }
+  if (__builtin_popcountll(first) != found.queries.inner || __builtin_popcountll(near) != found.k) return -1;
   int32_t rows[kSplit + kWidth];
   int64_t count = 0;
-  for (int r = 0; r < kRegisters; ++r) {
-    const Packing packing(bits(nearer[r] < Int{} + inner));
-    store(rows + count, packing(load(space.near_rows + r * kWidth)));
-    count += packing.count;
+  const uint64_t sets[2] = {first, near & ~first};
+  for (const uint64_t set : sets) {
+    for (int64_t i = 0; i < kSplit; i += kWidth) {
+      const Packing packing(static_cast<uint32_t>(set >> i) & ((1u << kWidth) - 1));
+      store(rows + count, packing(load(space.near_rows + i)));
+      count += packing.count;
+    }
   }
-  if (count != inner) return -1;
-  Vec radius{};
-  for (int r = 0; r < kRegisters; ++r) {
-    const Int near = nearer[r] < Int{} + k;
-    const Packing packing(bits(near & (nearer[r] >= Int{} + inner)));
-    store(rows + count, packing(load(space.near_rows + r * kWidth)));
-    count += packing.count;
-    radius = larger(radius, reinterpret_cast<Vec>(reinterpret_cast<Int>(own[r]) & near));
-  }
-  if (count != k) return -1;
-  found.put(nullptr, rows, k);
-  return largest(radius);
+  found.put(nullptr, rows, found.k);
+  return (static_cast<float>(largest(farthest)) + 2) * (bound / (kLast - 1));
 }
 
 // The nearest of n candidates, at most k. Like `search`, it returns the distance of the k-th, or infinity.
-inline float put_in_order(const SearchSpace &space, int64_t n, const Found &found) {
+inline float put_in_order(const SearchSpace &space, int64_t n, float bound, const Found &found) {
   if (found.queries.inner && found.k <= n && n <= kSplit) {
-    const float radius = put_apart(space, found);
+    const float radius = put_apart(space, bound, found);
     if (radius >= 0) return radius;
   }
   const int64_t kept = smaller(n, found.k);
@@ -331,7 +406,7 @@ float search(const PointTree &tree, const float *p, float limit, const SearchSpa
     for (int64_t i = 0; i < kFan; i += kWidth) {
       const Vec d = box.distance(lows, highs, first + i);
       store(bound + i, d);
-      within |= bits(d <= most) << i;
+      within |= at_most(d, most) << i;
     }
     return within;
   };
@@ -390,28 +465,29 @@ void nearest(const PointTree &tree, const Queries &queries, int64_t begin, int64
     for (bool wider = false; j < last; ++j) {
       const float *p = point(j);
       int64_t n = -1;
+      float bound = limit;
       if (count >= 0) {
-        const float near = smaller(kNear * radius, wide);
-        n = candidates_within(space, count, p, near);
-        if (n < k && near < wide) n = candidates_within(space, count, p, wide);
+        bound = smaller(kNear * radius, wide);
+        n = candidates_within(space, count, p, bound);
+        if (n < k && bound < wide) bound = wide, n = candidates_within(space, count, p, bound);
         if (n < k && !wider && wide < limit && last - j > 2) {  // the points got sparser: once more, for all that are left
-          wider = true, wide = smaller(kWider * wide, limit);
+          wider = true, bound = wide = smaller(kWider * wide, limit);
           count = gather(tree, box, wide, space);
-          n = count < 0 ? count : candidates_within(space, count, p, wide);
+          n = count < 0 ? count : candidates_within(space, count, p, bound);
         }
       }
       if (j + 1 < last) Found(queries, queries.order[j + 1]).prefetch();
       const Found found(queries, queries.order[j]);
       if (n >= k || (count >= 0 && wide == limit)) {
-        radius = smaller(put_in_order(space, n, found), limit);
+        radius = smaller(put_in_order(space, n, bound, found), limit);
       } else {  // the neighbours of the query before are within its radius and the way from it
         double reach = INFINITY;
         if (before) {
           const double x = static_cast<double>(p[0]) - before[0], y = static_cast<double>(p[1]) - before[1], z = static_cast<double>(p[2]) - before[2];
           reach = sqrt(static_cast<double>(radius)) + sqrt(x * x + y * y + z * z);
         }
-        const float bound = static_cast<float>(reach * reach * 1.0001) + 1e-37f;  // rounding included
-        radius = smaller(search(tree, p, smaller(limit, bound), space, found), limit);
+        const float reached = static_cast<float>(reach * reach * 1.0001) + 1e-37f;  // rounding included
+        radius = smaller(search(tree, p, smaller(limit, reached), space, found), limit);
         last = j + 1;  // the others are likely to need more candidates too
       }
       before = p;
@@ -437,7 +513,7 @@ void shrink(const PointTree &tree, const WideBox &box, const SampleState &state,
   const TreeLevel &level = tree.level[at];
   uint32_t set = 0;
   for (int64_t i = 0; i < kFan; i += kWidth)
-    set |= bits(box.distance(level.low, level.high, first + i) < load(state.largest[at] + first + i)) << i;
+    set |= less(box.distance(level.low, level.high, first + i), load(state.largest[at] + first + i)) << i;
   for (set &= (1u << smaller(kFan, level.nodes - first)) - 1; set; set &= set - 1) {
     const int64_t node = first + __builtin_ctz(set), below = kFan * node;
     if (at) {
@@ -463,14 +539,180 @@ void farthest(const PointTree &tree, const float *coord, int64_t count, int64_t 
   }
 }
 
+#if PC3D_WIDTH == 8 && defined(__AVX2__)
+constexpr int32_t kFirstLanes[2 * kWidth] = {-1, -1, -1, -1, -1, -1, -1, -1};
+#endif
+
+// The first numbers at p, at most kWidth of them; other lanes are 0.
+inline Int load_first(const int32_t *p, int64_t count) {
+#if PC3D_WIDTH == 16 && defined(__AVX512F__)
+  return reinterpret_cast<Int>(_mm512_maskz_loadu_epi32(static_cast<__mmask16>(first_lanes(count)), p));
+#elif PC3D_WIDTH == 8 && defined(__AVX2__)
+  if (count >= kWidth) return load(p);
+  return reinterpret_cast<Int>(_mm256_maskload_epi32(p, _mm256_loadu_si256(reinterpret_cast<const __m256i *>(kFirstLanes + kWidth - count))));
+#else
+  Int v{};
+  for (int64_t lane = 0; lane < smaller(count, kWidth); ++lane) v[lane] = p[lane];
+  return v;
+#endif
+}
+
+// `Registers` hold a list, or any number where that is 0.
+template <int Registers>
+bool one_way(const RowLists &lists, int64_t begin, int64_t end, RowPair *out, int64_t *count, int64_t *larger) {
+  constexpr int64_t kWaiting = 512;  // pairs whose smaller row has still to be asked
+  const int64_t registers = Registers ? Registers : (lists.count + kWidth - 1) / kWidth;
+  const Int points = Int{} + static_cast<int32_t>(lists.points);
+  int32_t smaller_row[kWaiting + 2 * kWidth], larger_row[kWaiting + 2 * kWidth];
+  int64_t waiting = 0, found = 0, beyond = 0;
+  const auto ask = [&] {
+    for (int64_t j = 0; j < waiting; ++j) {
+      const int32_t *list = lists.rows + smaller_row[j] * lists.stride;
+      uint32_t named = 0;
+      for (int64_t r = 0; r < registers; ++r) {
+        const int64_t left = lists.count - r * kWidth;
+        named |= equal(load_first(list + r * kWidth, left), Int{} + larger_row[j]) & first_lanes(left);
+      }
+      out[found] = {smaller_row[j], larger_row[j]};
+      found += !named;
+    }
+    waiting = 0;
+  };
+  for (int64_t i = begin; i < end; ++i) {
+    const int32_t *own = lists.rows + i * lists.stride;
+    const Int row = Int{} + static_cast<int32_t>(i);
+    int64_t same = 0;
+    for (int64_t r = 0; r < registers; ++r) {
+      const int64_t left = lists.count - r * kWidth;
+      const uint32_t real = first_lanes(left);
+      const Int others = load_first(own + r * kWidth, left);
+      if ((less(others, Int{}) | ~less(others, points)) & real) return false;
+      same += __builtin_popcount(equal(others, row) & real);
+      beyond += __builtin_popcount(less(row, others) & real);
+      const Packing fewer(less(others, row) & real);
+      store(smaller_row + waiting, fewer(others));
+      store(larger_row + waiting, row);
+      waiting += fewer.count;
+      if (waiting > kWaiting) ask();
+    }
+    if (same != 1 && !lists.filled) return false;
+  }
+  ask();
+  *count = found, *larger = beyond;
+  return true;
+}
+
+bool one_way(const RowLists &lists, int64_t begin, int64_t end, RowPair *out, int64_t *count, int64_t *larger) {
+  if (lists.count <= kWidth) return one_way<1>(lists, begin, end, out, count, larger);
+  if (lists.count <= 2 * kWidth) return one_way<2>(lists, begin, end, out, count, larger);
+  return one_way<0>(lists, begin, end, out, count, larger);
+}
+
+typedef int32_t Eight __attribute__((vector_size(32)));
+typedef int32_t LooseEight __attribute__((vector_size(32), aligned(4), may_alias));
+
+// Puts (row, value) of at most 8 * Registers values, filled up with INT32_MAX, in ascending order, and anything in one place more.
+// Adds the ranks to `sum`.
+template <int Registers>
+inline void put_ascending(const int32_t *values, int64_t row, RowPair *out, Eight &sum) {
+  Eight own[Registers], rank[Registers] = {};
+  int32_t ranks[8 * Registers];
+  for (int r = 0; r < Registers; ++r) own[r] = *reinterpret_cast<const LooseEight *>(values + 8 * r);
+  for (int j = 0; j < 8 * Registers; ++j) {
+    const Eight other = Eight{} + values[j];
+    for (int r = 0; r < Registers; ++r) rank[r] -= other < own[r];
+  }
+  for (int r = 0; r < Registers; ++r) *reinterpret_cast<LooseEight *>(ranks + 8 * r) = rank[r], sum += rank[r];
+  asm volatile("" : : "r"(ranks), "r"(values) : "memory");  // as numbers they are better read than taken out of registers
+  for (int j = 0; j < 8 * Registers; ++j) out[ranks[j]] = {static_cast<int32_t>(row), values[j]};
+}
+
+// The larger rows in the list of row i, and those in [other, last); how many, and INT32_MAX in all places up to
+// a multiple of 16.
+inline int64_t collect(const RowLists &lists, int64_t i, const int32_t *other, const int32_t *last, int32_t *values) {
+  const int32_t *own = lists.rows + i * lists.stride;
+  const Int row = Int{} + static_cast<int32_t>(i), none = Int{} + INT32_MAX;
+  const int64_t more = last - other;
+  if (lists.count + 2 <= kWidth && more <= 2) {  // one store, which loads need not wait for
+    const Int found = load_first(own, lists.count);
+    const Packing packing(less(row, found) & first_lanes(lists.count));
+    Int place;
+    for (int lane = 0; lane < kWidth; ++lane) place[lane] = lane;
+    place -= static_cast<int32_t>(packing.count);
+    const int32_t first = other[0], second = other[1];
+    Int all = place < 0 ? packing(found) : none;
+    all = place == 0 ? Int{} + (more > 0 ? first : INT32_MAX) : all;
+    all = place == 1 ? Int{} + (more > 1 ? second : INT32_MAX) : all;
+    store(values, all);
+    return packing.count + more;
+  }
+  int64_t n = 0;
+  for (int64_t r = 0; r < lists.count; r += kWidth) {
+    const Int found = load_first(own + r, lists.count - r);
+    const Packing packing(less(row, found) & first_lanes(lists.count - r));
+    store(values + n, packing(found));
+    n += packing.count;
+  }
+  values[n] = other[0], values[n + 1] = other[1];  // seldom more
+  n += smaller(more, 2);
+  for (other += 2; other < last; ++other) values[n++] = *other;
+  for (int64_t j = n; j < n + 15; j += kWidth) store(values + j, none);
+  return n;
+}
+
+bool pairs(const RowLists &lists, const int32_t *others, const int64_t *starts, int64_t begin, int64_t end, bool distinct, RowPair *out,
+           const RowPair *out_end) {
+  constexpr int64_t kMost = 32;
+  int32_t values[kMost + 16 + kWidth];
+  RowPair spare[kMost + 1];
+  Eight ranks{};
+  int64_t expected = 0;
+  for (int64_t i = begin; i < end; ++i) {
+    const int32_t *other = others + starts[i], *const last = others + starts[i + 1];
+    int64_t n = 0;
+    if (distinct && lists.count + (last - other) <= kMost) {
+      n = collect(lists, i, other, last, values);
+      RowPair *const to = out + n < out_end ? out : spare;
+      const int64_t lanes = n <= 8 ? 8 : n <= 16 ? 16 : kMost;
+      if (lanes == 8) put_ascending<1>(values, i, to, ranks);
+      if (lanes == 16) put_ascending<2>(values, i, to, ranks);
+      if (lanes == kMost) put_ascending<4>(values, i, to, ranks);
+      expected += n * (n - 1) / 2 + n * (lanes - n);
+      if (to == spare)
+        for (int64_t j = 0; j < n; ++j) out[j] = spare[j];
+    } else {
+      const int32_t *own = lists.rows + i * lists.stride;
+      for (int64_t j = 0; j < lists.count; ++j)
+        if (own[j] > i) out[n++] = {static_cast<int32_t>(i), own[j]};
+      for (; other < last; ++other) out[n++] = {static_cast<int32_t>(i), *other};
+      expected += sort_pairs(out, n);
+    }
+    out += n;
+  }
+  for (int lane = 0; lane < 8; ++lane) expected -= ranks[lane];
+  return expected == 0;
+}
+
 constexpr int64_t kLanes = kWidth / 2;  // points whose normals are found together
 
 typedef double Real __attribute__((vector_size(kLanes * sizeof(double))));
 typedef int64_t Choice __attribute__((vector_size(kLanes * sizeof(double))));
 typedef float Half __attribute__((vector_size(kLanes * sizeof(float))));
 
+inline Real wide(Half v) {
+#if PC3D_WIDTH == 16 && defined(__AVX512F__)
+  return _mm512_cvtps_pd(v);
+#elif PC3D_WIDTH == 8 && defined(__AVX2__)
+  return _mm256_cvtps_pd(v);
+#else
+  return __builtin_convertvector(v, Real);
+#endif
+}
+
 inline Real root(Real v) {
-#if PC3D_WIDTH == 8 && defined(__AVX2__)
+#if PC3D_WIDTH == 16 && defined(__AVX512F__)
+  return _mm512_sqrt_pd(v);
+#elif PC3D_WIDTH == 8 && defined(__AVX2__)
   return _mm256_sqrt_pd(v);
 #else
   for (int64_t lane = 0; lane < kLanes; ++lane) v[lane] = sqrt(v[lane]);
@@ -531,15 +773,23 @@ void smallest_eigenvectors(const Real *m, Real *v) {
   }
 }
 
-// Coordinates of kLanes points, by axis.
+// The axes of kLanes points of 4 numbers.
 inline void load_points(const float *const *points, Half *axes) {
-#if PC3D_WIDTH == 8 && defined(__AVX2__)
-  const auto two = [&](int i) { return _mm_loadl_epi64(reinterpret_cast<const __m128i *>(points[i])); };
-  const auto pair = [&](int i) { return _mm_castsi128_ps(_mm_unpacklo_epi64(two(i), two(i + 1))); };  // x and y of two points
-  const __m128 front = pair(0), back = pair(2);
-  axes[0] = _mm_shuffle_ps(front, back, 0x88);
-  axes[1] = _mm_shuffle_ps(front, back, 0xDD);
-  axes[2] = _mm_setr_ps(points[0][2], points[1][2], points[2][2], points[3][2]);
+#if PC3D_WIDTH == 16 && defined(__AVX512F__)
+  const auto one = [&](int i) { return _mm_load_ps(points[i]); };
+  const auto two = [&](int i) { return _mm256_insertf128_ps(_mm256_castps128_ps256(one(i)), one(i + 1), 1); };
+  const auto four = [&](int i) { return _mm512_insertf32x8(_mm512_castps256_ps512(two(i)), two(i + 2), 1); };
+  const __m512 front = four(0), back = four(4);
+  for (int axis = 0; axis < 3; ++axis) {
+    const __m512i lanes = _mm512_setr_epi32(axis, axis + 4, axis + 8, axis + 12, axis + 16, axis + 20, axis + 24, axis + 28, 0, 0, 0, 0, 0, 0, 0, 0);
+    axes[axis] = _mm512_castps512_ps256(_mm512_permutex2var_ps(front, lanes, back));
+  }
+#elif PC3D_WIDTH == 8 && defined(__AVX2__)
+  const auto one = [&](int i) { return _mm_load_ps(points[i]); };
+  const __m128 front = _mm_unpacklo_ps(one(0), one(1)), back = _mm_unpacklo_ps(one(2), one(3));  // x x y y
+  axes[0] = _mm_movelh_ps(front, back);
+  axes[1] = _mm_movehl_ps(back, front);
+  axes[2] = _mm_movelh_ps(_mm_unpackhi_ps(one(0), one(1)), _mm_unpackhi_ps(one(2), one(3)));
 #else
   for (int axis = 0; axis < 3; ++axis)
     for (int64_t lane = 0; lane < kLanes; ++lane) axes[axis][lane] = points[lane][axis];
@@ -548,7 +798,7 @@ inline void load_points(const float *const *points, Half *axes) {
 inline void load_points(const float *const *points, Real *axes) {
   Half narrow[3];
   load_points(points, narrow);
-  for (int axis = 0; axis < 3; ++axis) axes[axis] = __builtin_convertvector(narrow[axis], Real);
+  for (int axis = 0; axis < 3; ++axis) axes[axis] = wide(narrow[axis]);
 }
 
 void edge_weights(const float *coord, const float *normal, const int32_t *edges, int64_t begin, int64_t end, float *out) {
@@ -556,7 +806,7 @@ void edge_weights(const float *coord, const float *normal, const int32_t *edges,
     const float *at[4][kLanes];
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       const int32_t *edge = edges + 2 * smaller(e + lane, end - 1);
-      const int64_t i = 3 * static_cast<int64_t>(edge[0]), j = 3 * static_cast<int64_t>(edge[1]);
+      const int64_t i = 4 * static_cast<int64_t>(edge[0]), j = 4 * static_cast<int64_t>(edge[1]);
       at[0][lane] = coord + i, at[1][lane] = coord + j, at[2][lane] = normal + i, at[3][lane] = normal + j;
     }
     Half x[3], y[3], n[3], m[3];
@@ -576,7 +826,7 @@ void normals(const float *coord, const int32_t *neighbours, int64_t k, const flo
     Real count{}, here[3], there[3];
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       const int64_t point = smaller(i + lane, end - 1);
-      own[lane] = coord + 3 * point, found[lane] = neighbours + point * k;
+      own[lane] = coord + 4 * point, found[lane] = neighbours + point * k;
       for (counts[lane] = k; counts[lane] > 0 && found[lane][counts[lane] - 1] < 0;) --counts[lane];
       count[lane] = static_cast<double>(counts[lane] ? counts[lane] : 1);
       least = smaller(least, counts[lane]);
@@ -586,7 +836,7 @@ void normals(const float *coord, const int32_t *neighbours, int64_t k, const flo
     Real sx{}, sy{}, sz{}, xx{}, xy{}, xz{}, yy{}, yz{}, zz{};
     for (int64_t j = 0; j < most; ++j) {
       for (int64_t lane = 0; lane < kLanes; ++lane)  // a point itself adds nothing
-        near[lane] = j < least || j < counts[lane] ? coord + 3 * static_cast<int64_t>(found[lane][j]) : own[lane];
+        near[lane] = j < least || j < counts[lane] ? coord + 4 * static_cast<int64_t>(found[lane][j]) : own[lane];
       load_points(near, there);
       const Real x = there[0] - here[0], y = there[1] - here[1], z = there[2] - here[2];
       sx += x, sy += y, sz += z;

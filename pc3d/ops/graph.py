@@ -66,7 +66,7 @@ def neighbour_edges(neighbours: Tensor, k: int) -> Tensor:
 def _neighbour_edges(neighbours: Tensor, k: int) -> Tensor:
     kernels = cpu_kernels(neighbours)
     if kernels is not None:
-        return kernels.graph_edges(neighbours.int().contiguous(), k)
+        return kernels.neighbour_edges(neighbours.int().contiguous(), k)
     neighbours = neighbours.long()
     own = torch.arange(len(neighbours), device=neighbours.device)[:, None]
     other = (neighbours >= 0) & (neighbours != own)
