@@ -25,7 +25,6 @@ namespace pc3d {
 namespace {
 
 constexpr int64_t kBlock = 1 << 12;  // rows of one task
-constexpr int64_t kAhead = 8;        // edges, and rows, prefetched ahead of their turn
 
 struct Edge {
   int32_t a, b;
@@ -132,7 +131,6 @@ class Components {
     std::iota(parents_.begin(), parents_.end(), 0);
     std::fill(parts_.begin(), parts_.end(), Part{threshold, 1});
   }
-  void prefetch(int32_t point) const { __builtin_prefetch(parents_.data() + point); }
   int32_t root(int32_t point) {
     int32_t *const parents = parents_.data();
     int32_t at = parents[parents[point]];
@@ -175,7 +173,7 @@ class EdgeQueue {
     }
     for (int64_t e = 0; e < count; ++e) {
       Item *const item = items_.data() + next[buckets[e]]++;
-      __builtin_prefetch(item + 8, 1);
+      __builtin_prefetch(item + kAhead, 1);  // or the store would wait for memory
       *item = {weights[e], edges[e]};
     }
   }
@@ -189,7 +187,6 @@ class EdgeQueue {
   void each(int64_t bucket, Components &components, Drop &&drop, Take &&take) {
     Item *const first = items_.data() + starts_[bucket], *last = first;
     for (const Item *item = first, *end = items_.data() + starts_[bucket + 1]; item < end; ++item) {
-      if (item + kAhead < items_.end()) components.prefetch(item[kAhead].edge.a), components.prefetch(item[kAhead].edge.b);
       const Edge ends{components.root(item->edge.a), components.root(item->edge.b)};
       *last = {item->weight, ends};
       last += ends.a != ends.b;
@@ -212,6 +209,7 @@ class EdgeQueue {
   }
 
  private:
+  static constexpr int64_t kAhead = 8;
   static constexpr int kShift = 18;  // 32 buckets for each power of two; less than 2^-31 of the largest shares the first
   struct Item {
     float weight;

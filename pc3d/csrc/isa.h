@@ -25,7 +25,10 @@ inline bool has_avx512() { return has_avx2(); }
 inline bool has_avx512bf16() { return has_avx2(); }
 inline bool fast_avx512bf16() { return true; }
 #else
-inline bool has_avx512() { return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl"); }
+inline bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq");
+}
 inline bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 // Intel's CPUs after Cooper Lake have it for compatibility, at half the rate: they are not faster than with float32.
 inline bool fast_avx512bf16() { return __builtin_cpu_is("amd") || __builtin_cpu_is("cooperlake"); }
