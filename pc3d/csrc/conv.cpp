@@ -50,6 +50,7 @@ const std::vector<const ConvKernels *> &usable(bool bf16) {
   static const auto for_bf16 = [] {
     auto all = kernels;
     if (conv_kernels_avx512bf16() && has_avx512bf16()) all.insert(all.begin() + (fast_avx512bf16() ? 0 : 1), conv_kernels_avx512bf16());
+    if (conv_kernels_amx() && has_amx()) all.insert(all.begin(), conv_kernels_amx());
     return all;
   }();
   return bf16 ? for_bf16 : kernels;
@@ -176,7 +177,7 @@ void plan_pairs(Array<const int32_t, 1> gather, Array<const int32_t, 1> scatter,
 }
 
 void pack_weights(const ConvKernels &kernels, const StridedArray<const float, 3> &weight, const ConvProduct &p, float *packed) {
-  const int64_t strips = ceil_div(p.cout, kernels.strip), size = ceil_div(p.cin, kernels.pair) * kernels.strip;
+  const int64_t strips = ceil_div(p.cout, kernels.strip), size = packed_depth(kernels, p.cin) * kernels.strip;
   parallel_tasks(p.kernel_volume * strips, [&](int64_t i) {
     const int64_t k = i / strips;
     const int64_t *starts = p.starts + k * (p.granules + 1);
@@ -225,7 +226,7 @@ void conv_forward(Matrix x, StridedArray<const float, 3> weight, Channels bias, 
   require(tile_rows >= 0, "tile_rows must not be negative");
   nb::gil_scoped_release release;
   if (p.rows == 0 || p.cout == 0) return;
-  float *packed = workspace(p.kernel_volume * ceil_div(p.cout, kernels.strip) * kernels.strip * ceil_div(p.cin, kernels.pair));
+  float *packed = workspace(p.kernel_volume * ceil_div(p.cout, kernels.strip) * kernels.strip * packed_depth(kernels, p.cin));
   pack_weights(kernels, weight, p, packed);
   p.weights = packed;
   run_tiles(kernels, p, tile_rows ? ceil_div(tile_rows, kGranule) : kTileGranules);

@@ -9,7 +9,7 @@
 
 const pc3d::ConvKernels *pc3d::conv_kernels_avx2() {
   using namespace conv_avx2;
-  static const ConvKernels kernels{"avx2", kStrip, kPair, kGradRows, &pack, &tile, &weight_grad};
+  static const ConvKernels kernels{"avx2", kStrip, kPair, kStep, kGradRows, &pack, &tile, &weight_grad};
   return &kernels;
 }
 #else

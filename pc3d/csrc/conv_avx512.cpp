@@ -9,7 +9,7 @@
 
 const pc3d::ConvKernels *pc3d::conv_kernels_avx512() {
   using namespace conv_avx512;
-  static const ConvKernels kernels{"avx512", kStrip, kPair, kGradRows, &pack, &tile, &weight_grad};
+  static const ConvKernels kernels{"avx512", kStrip, kPair, kStep, kGradRows, &pack, &tile, &weight_grad};
   return &kernels;
 }
 #else

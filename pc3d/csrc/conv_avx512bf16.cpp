@@ -10,7 +10,7 @@
 
 const pc3d::ConvKernels *pc3d::conv_kernels_avx512bf16() {
   using namespace conv_avx512bf16;
-  static const ConvKernels kernels{"avx512bf16", kStrip, kPair, kGradRows, &pack, &tile, &weight_grad};
+  static const ConvKernels kernels{"avx512bf16", kStrip, kPair, kStep, kGradRows, &pack, &tile, &weight_grad};
   return &kernels;
 }
 #else

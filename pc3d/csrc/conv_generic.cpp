@@ -6,6 +6,6 @@
 
 const pc3d::ConvKernels *pc3d::conv_kernels_generic() {
   using namespace conv_generic;
-  static const ConvKernels kernels{"generic", kStrip, kPair, kGradRows, &pack, &tile, &weight_grad};
+  static const ConvKernels kernels{"generic", kStrip, kPair, kStep, kGradRows, &pack, &tile, &weight_grad};
   return &kernels;
 }

@@ -20,7 +20,7 @@ struct Features {
 struct ConvProduct {
   Features x;            // (source rows, cin)
   void *y;               // (rows, cout)
-  const float *weights;  // packed per offset: strips of `strip` columns, (strips, ceil(cin / pair), strip), zero-padded
+  const float *weights;  // packed per offset: strips of `strip` columns, (strips, cin in pairs, strip), zero-padded
   const float *bias;     // (cout) or null
   const float *scale;    // (cout) or null, and with it
   const float *shift;    // (cout)
@@ -47,6 +47,7 @@ struct ConvKernels {
   const char *name;
   int64_t strip;      // columns of one packed weight strip
   int64_t pair;       // input channels of a packed weight: 1, or 2 of kernels that take bfloat16 features only
+  int64_t step;       // input channels of a packed weight are filled up to a multiple of it, with zeros
   int64_t cin_block;  // input channels of one weight-gradient task
   // Packs columns [s * strip, (s + 1) * strip) of the (cin, cout) matrix with element (i, j) at w[i * row + j * column].
   void (*pack)(const float *w, int64_t row, int64_t column, int64_t cin, int64_t cout, int64_t s, float *packed);
@@ -57,7 +58,13 @@ struct ConvKernels {
   void (*weight_grad)(const WeightGrad &product, int64_t kernel_first, int64_t kernel_last, int64_t first, int64_t last);
 };
 
+// The pairs of `cin` input channels of a packed weight.
+inline int64_t packed_depth(const ConvKernels &kernels, int64_t cin) {
+  return (cin + kernels.step - 1) / kernels.step * (kernels.step / kernels.pair);
+}
+
 // Null where the compiler was not given the instruction set. The caller checks that the CPU has it.
+const ConvKernels *conv_kernels_amx();
 const ConvKernels *conv_kernels_avx512bf16();
 const ConvKernels *conv_kernels_avx512();
 const ConvKernels *conv_kernels_avx2();

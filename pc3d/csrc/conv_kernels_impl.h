@@ -1,6 +1,7 @@
 // Micro-kernels of sparse convolution, written once with vector extensions. A file that includes this defines first
 //   PC3D_ISA (a namespace name), PC3D_WIDTH (floats per register), PC3D_ROWS (rows of a register block), and PC3D_BF16 for
 //   products of bfloat16: an element of panels and packed weights is then a pair of numbers, the first in the upper half.
+//   PC3D_AMX, beside that, has blocks made of matrix tiles; it has no weight gradient of its own.
 // Only headers without inline functions are included: the linker could otherwise keep a copy compiled for a CPU we are not on.
 //
 // Every output element is one chain of multiply-adds: offsets ascending, channels ascending. So neither the tile, the
@@ -9,7 +10,7 @@
 
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(PC3D_AMX)
 #include <immintrin.h>
 #endif
 
@@ -41,7 +42,13 @@ constexpr int64_t kPair = 2;  // numbers of an element
 #else
 constexpr int64_t kPair = 1;
 #endif
+#if defined(PC3D_AMX)
+constexpr int64_t kStep = 32;  // numbers that a packed weight is filled up to a multiple of: the width of a tile
+#else
+constexpr int64_t kStep = kPair;
+#endif
 inline int64_t elements(int64_t numbers) { return (numbers + kPair - 1) / kPair; }
+inline int64_t packed_elements(int64_t numbers) { return (numbers + kStep - 1) / kStep * (kStep / kPair); }
 
 // sum += a * b, of pairs the upper product first, as Intel describes the instruction. It takes subnormal numbers for zero.
 inline void add_product(float a, Vec b, Vec &sum) {
@@ -65,6 +72,62 @@ struct Left {
   const int32_t *index;
   int64_t stride;
 };
+
+#if defined(PC3D_AMX)
+constexpr int64_t kTile = 16;          // rows of a tile, of 16 elements each
+constexpr int64_t kBeyond = kTile - 1;  // rows that a block may read after its last
+
+// The tiles of a thread, all whole: 0 to 3 hold sums, 4 and 5 rows, 6 and 7 weights.
+class Tiles {
+ public:
+  Tiles() {
+    struct {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {kTile, kTile, kTile, kTile, kTile, kTile, kTile, kTile};
+    } shapes;
+    _tile_loadconfig(&shapes);
+  }
+  ~Tiles() { _tile_release(); }
+  Tiles(const Tiles &) = delete;
+  Tiles &operator=(const Tiles &) = delete;
+};
+
+// sums(r, c) = sum over d of a(r, d) * b(d, c), for NR tiles of rows and NV of columns.
+template <int NR, int NV>
+void multiply(const float *a, int64_t stride, const float *b, int64_t depth, float *sums) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t d = 0; d < depth; d += kTile, b += kTile * kStrip) {
+    _tile_loadd(4, a + d, stride * 4);
+    if (NR == 2) _tile_loadd(5, a + kTile * stride + d, stride * 4);
+    _tile_loadd(6, b, kStrip * 4);
+    _tile_dpbf16ps(0, 4, 6);
+    if (NR == 2) _tile_dpbf16ps(2, 5, 6);
+    if (NV < 2) continue;
+    _tile_loadd(7, b + kWidth, kStrip * 4);
+    _tile_dpbf16ps(1, 4, 7);
+    if (NR == 2) _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, sums, kStrip * 4);
+  if (NV == 2) _tile_stored(1, sums + kWidth, kStrip * 4);
+  if (NR == 2) _tile_stored(2, sums + kTile * kStrip, kStrip * 4);
+  if (NR == 2 && NV == 2) _tile_stored(3, sums + kTile * kStrip + kWidth, kStrip * 4);
+}
+
+// Row rows[r] of y, columns [0, NV * kWidth), plus the sum over d of left(r, d) * b[d][:], for R rows.
+template <int R, int NV, bool Packed>
+void block(const Left &left, const float *b, int64_t depth, float *y, const int32_t *rows, int64_t stride) {
+  static_assert(!Packed, "rows of numbers side by side");
+  alignas(64) float sums[2 * kTile * kStrip];
+  multiply<(R + kTile - 1) / kTile, NV>(left.at + left.index[0] * left.stride, left.stride, b, depth, sums);
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < NV * kWidth; v += kWidth) store(y + rows[r] * stride + v, load(y + rows[r] * stride + v) + load(sums + r * kStrip + v));
+}
+#else
+constexpr int64_t kBeyond = 0;
 
 // Row rows[r] of y, columns [0, NV * kWidth), plus the sum over d of left(r, d) * b[d][:], for R rows.
 template <int R, int NV, bool Packed>
@@ -98,6 +161,7 @@ void block(const Left &left, const float *b, int64_t depth, float *y, const int3
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) store(c[r] + v * kWidth, acc[r][v]);
 }
+#endif
 
 using Block = void (*)(const Left &, const float *, int64_t, float *, const int32_t *, int64_t);
 
@@ -333,7 +397,7 @@ void pack(const float *w, int64_t row, int64_t column, int64_t cin, int64_t cout
   w += first * column;
 #if defined(PC3D_BF16)
   float rows[2][kStrip];
-  for (int64_t i = 0; i < cin; i += 2, packed += kStrip) {
+  for (int64_t i = 0; i < kPair * packed_elements(cin); i += 2, packed += kStrip) {
     for (int64_t r = 0; r < 2; ++r) read_row(w + (i + r) * row, column, i + r < cin ? columns : 0, rows[r]);
     for (int64_t j = 0; j < kStrip; j += kWidth)
       store(packed + j, reinterpret_cast<Vec>(narrow(load(rows[0] + j)) << 16 | narrow(load(rows[1] + j))));
@@ -422,7 +486,10 @@ void tile(const ConvProduct &p, int64_t first, int64_t last, int64_t strip_first
   const int64_t strips = (p.cout + kStrip - 1) / kStrip;
   const Target target(p, first * kGranule, min64(last * kGranule, p.rows), strip_first * kStrip, min64(strip_last * kStrip, p.cout), sums);
   target.start();
-  alignas(64) float panel[kPanel];
+#if defined(PC3D_AMX)
+  const Tiles tiles;
+#endif
+  alignas(64) float panel[kPanel + kBeyond * kDepth];
   const int64_t stride = whole_registers(min64(elements(p.cin), kDepth));
   const int64_t most = min64(kPanel / stride / kRows * kRows, kPanelRows);
   for (int64_t k = 0; k < p.kernel_volume; ++k) {
@@ -439,7 +506,7 @@ void tile(const ConvProduct &p, int64_t first, int64_t last, int64_t strip_first
         else
           left = {static_cast<const float *>(p.x.data) + d, p.gather + begin, p.cin};
         for (int64_t s = strip_first; s < strip_last; ++s) {
-          const float *weights = p.weights + ((k * strips + s) * elements(p.cin) + d / kPair) * kStrip;
+          const float *weights = p.weights + ((k * strips + s) * packed_elements(p.cin) + d / kPair) * kStrip;
           const int64_t following = s == strip_first && !p.x.bf16 && depth >= 16 ? end - begin : 0;
           (s + 1 < strips ? full : rest).run(left, weights, depth, target.sums + s * kStrip, p.scatter + begin, target.stride, following);
         }
@@ -449,6 +516,7 @@ void tile(const ConvProduct &p, int64_t first, int64_t last, int64_t strip_first
   target.finish();
 }
 
+#if !defined(PC3D_AMX)
 // Adds the products of the pairs [begin, end) to the rows [first, last) of `out`.
 void add_pairs(const WeightGrad &p, int64_t begin, int64_t end, int64_t first, int64_t last, float *out) {
   alignas(64) float panel[(kGradRows + kRows - 1) / kRows * part_size(kGradPairs)];
@@ -481,6 +549,7 @@ void weight_grad(const WeightGrad &p, int64_t kernel_first, int64_t kernel_last,
     }
   }
 }
+#endif
 
 }  // namespace PC3D_ISA
 }  // namespace pc3d

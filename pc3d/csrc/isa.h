@@ -5,6 +5,11 @@
 #include <string>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 // PC3D_CLONES before a function compiles it for plain x86-64, AVX2 and AVX-512 and picks one when the library is loaded.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define PC3D_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
@@ -24,6 +29,7 @@ inline bool has_avx2() {
 inline bool has_avx512() { return has_avx2(); }
 inline bool has_avx512bf16() { return has_avx2(); }
 inline bool fast_avx512bf16() { return true; }
+inline bool has_amx() { return false; }
 #else
 inline bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
@@ -32,9 +38,19 @@ inline bool has_avx512() {
 inline bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 // Intel's CPUs after Cooper Lake have it for compatibility, at half the rate: they are not faster than with float32.
 inline bool fast_avx512bf16() { return __builtin_cpu_is("amd") || __builtin_cpu_is("cooperlake"); }
+// Matrix tiles for bfloat16. Linux gives a process their registers when it asks for them.
+inline bool has_amx() {
+#if defined(__linux__) && defined(__x86_64__) && __GNUC__ >= 11 && !defined(__clang__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return has_avx512() && __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 #endif
 #else
 inline bool has_avx2() { return false; }
+inline bool has_amx() { return false; }
 inline bool has_avx512() { return false; }
 inline bool has_avx512bf16() { return false; }
 inline bool fast_avx512bf16() { return false; }

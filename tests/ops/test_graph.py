@@ -72,7 +72,14 @@ def test_edges_of_any_neighbours_equal_the_reference(k):
     neighbours[:, 0] = neighbours[:, 0] % 3  # three rows that very many name
     with use_backend("reference"):
         expected = neighbour_edges(neighbours, k)
+    _every_instruction_set_finds(neighbours, k, expected)
+
+
+def _every_instruction_set_finds(neighbours: torch.Tensor, k: int, expected: torch.Tensor) -> None:
     assert torch.equal(neighbour_edges(neighbours, k), expected)
+    kernels = cpu_kernels()
+    for isa in kernels.neighbour_isas():
+        assert torch.equal(kernels.neighbour_edges(neighbours.int(), k, isa).long(), expected), isa
 
 
 @pytest.mark.parametrize(("k", "width"), [(10, 16), (10, 11), (7, 8), (7, 9), (1, 16), (15, 16), (20, 16)])
@@ -87,7 +94,28 @@ def test_edges_of_full_lists_equal_the_reference(k, width):
         neighbours[:copies, 2 % width] = neighbours[:copies, 0]
         with use_backend("reference"):
             expected = neighbour_edges(neighbours, k)
-        assert torch.equal(neighbour_edges(neighbours, k), expected)
+        _every_instruction_set_finds(neighbours, k, expected)
+
+
+@pytest.mark.parametrize("k", [6, 10, 15, 24])
+def test_edges_of_many_lists_equal_the_reference(k):
+    """More rows than a thread takes at once, up to 120 that list one that does not list them, and some without larger ones."""
+    rows, generator = 9001, torch.Generator().manual_seed(k)
+    near = torch.arange(rows)[:, None] + torch.randint(1, 9, (rows, 30), generator=generator).cumsum(1)
+    near[:, 0] = torch.arange(rows)
+    near[:, 1:3] -= 40  # smaller ones, most of which do not list it
+    near[100:220, 3] = near[8192:8290, 3] = 60
+    neighbours = near % rows
+    neighbours[-20:, 1:] = torch.arange(29)
+    with use_backend("reference"):
+        expected = neighbour_edges(neighbours, k)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            _every_instruction_set_finds(neighbours, k, expected)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_normals_of_every_instruction_set_are_eigenvectors():

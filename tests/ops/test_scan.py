@@ -148,8 +148,9 @@ def test_reverse_equals_flipping_each_cloud(backend: str) -> None:
     with use_backend(backend):
         y, last = selective_scan(**inputs, reverse=True)
         expected = selective_scan(**flipped)
-    assert torch.equal(y, expected[0][rows])
-    assert torch.equal(last, expected[1])
+    tolerance = 0 if backend == "auto" else 1e-6  # torch rounds the exponential by its place in a tensor
+    _close(y, expected[0][rows], tolerance)
+    _close(last, expected[1], tolerance)
 
 
 @needs_kernels
