@@ -4,6 +4,7 @@
 #include <limits>
 #include <numeric>
 
+#include "isa.h"
 #include "radix_sort.h"
 
 namespace pc3d {
@@ -11,11 +12,40 @@ namespace {
 
 constexpr int kMostAxisBits = 14;
 
-uint64_t spread(uint64_t v) {  // the low 16 bits, two zeros between each
+inline uint64_t spread(uint64_t v) {  // the low 16 bits, two zeros between each
   v = (v | v << 16) & 0x0000FF0000FF;
   v = (v | v << 8) & 0x00F00F00F00F;
   v = (v | v << 4) & 0x0C30C30C30C3;
   return (v | v << 2) & 0x249249249249;
+}
+
+PC3D_CLONES void find_box(const float *coord, int64_t rows, float *low, float *high) {
+  constexpr int kLanes = 24;  // whole points, and whole registers
+  float least[kLanes], most[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) least[lane] = low[lane % 3], most[lane] = high[lane % 3];
+  int64_t i = 0;
+  for (; i + kLanes <= 3 * rows; i += kLanes)
+    for (int lane = 0; lane < kLanes; ++lane) {
+      least[lane] = std::min(least[lane], coord[i + lane]);
+      most[lane] = std::max(most[lane], coord[i + lane]);
+    }
+  for (int lane = 0; i + lane < 3 * rows; ++lane) {
+    least[lane] = std::min(least[lane], coord[i + lane]);
+    most[lane] = std::max(most[lane], coord[i + lane]);
+  }
+  for (int lane = 0; lane < kLanes; ++lane) {
+    low[lane % 3] = std::min(low[lane % 3], least[lane]);
+    high[lane % 3] = std::max(high[lane % 3], most[lane]);
+  }
+}
+
+// The place of each point along the curve, and its row in the low `row_bits`.
+PC3D_CLONES void find_places(const float *coord, int64_t rows, const float *low, double scale, int row_bits, uint64_t *out) {
+  const auto cell = [&](int64_t i, int axis) {
+    return spread(static_cast<uint32_t>(static_cast<int32_t>((static_cast<double>(coord[3 * i + axis]) - low[axis]) * scale)));
+  };
+  for (int64_t i = 0; i < rows; ++i)
+    out[i] = (cell(i, 0) << 2 | cell(i, 1) << 1 | cell(i, 2)) << row_bits | static_cast<uint64_t>(i);
 }
 
 }  // namespace
@@ -23,31 +53,20 @@ uint64_t spread(uint64_t v) {  // the low 16 bits, two zeros between each
 Buffer<int32_t> curve_order(const float *coord, int64_t rows) {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   float low[3] = {kInfinity, kInfinity, kInfinity}, high[3] = {-kInfinity, -kInfinity, -kInfinity};
-  for (int64_t i = 0; i < rows; ++i)
-    for (int axis = 0; axis < 3; ++axis) {
-      low[axis] = std::min(low[axis], coord[3 * i + axis]);
-      high[axis] = std::max(high[axis], coord[3 * i + axis]);
-    }
+  find_box(coord, rows, low, high);
   double extent = 0;
   for (int axis = 0; axis < 3; ++axis) extent = std::max(extent, static_cast<double>(high[axis]) - low[axis]);
   const int row_bits = bit_length(static_cast<uint64_t>(rows)), axis_bits = std::min((64 - row_bits) / 3, kMostAxisBits);
   const double scale = extent > 0 ? ((1 << axis_bits) - 1) / extent : 0.0;
-  const auto key = [&](int64_t i) {
-    uint64_t cell = 0;
-    for (int axis = 0; axis < 3; ++axis)
-      cell |= spread(static_cast<uint64_t>((static_cast<double>(coord[3 * i + axis]) - low[axis]) * scale)) << (2 - axis);
-    return cell;
-  };
   const auto before = [&](int64_t a, int64_t b) {
     const float *p = coord + 3 * a, *q = coord + 3 * b;
     return std::lexicographical_compare(p, p + 3, q, q + 3);
   };
   Buffer<PackedRow> items(rows);
+  find_places(coord, rows, low, scale, row_bits, &items.data()->word);
   bool sorted = true;
-  for (int64_t i = 0; i < rows; ++i) {
-    items[i] = PackedRow::make(key(i), i, row_bits);
-    if (i) sorted &= items[i - 1].word < items[i].word && !(items[i - 1].key(row_bits) == items[i].key(row_bits) && before(i, i - 1));
-  }
+  for (int64_t i = 1; i < rows && sorted; ++i)
+    sorted = items[i - 1].word < items[i].word && !(items[i - 1].key(row_bits) == items[i].key(row_bits) && before(i, i - 1));
   Buffer<int32_t> order(rows);
   if (sorted) {
     std::iota(order.begin(), order.end(), 0);

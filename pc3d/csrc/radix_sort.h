@@ -46,25 +46,31 @@ template <class Item>
 void radix_sort(Buffer<Item> &items, Buffer<Item> &other, int key_bits, int row_bits) {
   const int64_t rows = items.size();
   if (key_bits == 0 || rows < 2) return;
-  const int digit_bits = sort_digit_bits(key_bits, rows);
+  const int digit_bits = sort_digit_bits(key_bits, rows), passes = (key_bits + digit_bits - 1) / digit_bits;
   const int64_t buckets = int64_t{1} << digit_bits;
   const uint64_t mask = static_cast<uint64_t>(buckets - 1);
   const int64_t chunks = std::clamp<int64_t>(rows / kSortChunk, 1, num_threads());
   const auto border = [&](int64_t chunk) { return rows * chunk / chunks; };
-  std::vector<int64_t> starts(chunks * buckets);
-  for (int shift = 0; shift < key_bits; shift += digit_bits) {
-    const auto digit = [&](const Item &item) { return (item.key(row_bits) >> shift) & mask; };
-    std::fill(starts.begin(), starts.end(), 0);
-    parallel_tasks(chunks, [&](int64_t chunk) {
-      int64_t *counts = starts.data() + chunk * buckets;
-      for (int64_t i = border(chunk), end = border(chunk + 1); i < end; ++i) ++counts[digit(items[i])];
-    });
+  std::vector<int64_t> starts((chunks > 1 ? chunks : passes) * buckets);
+  if (chunks == 1)  // the digits of all passes are counted in one: the order does not matter
+    for (int64_t i = 0; i < rows; ++i) {
+      uint64_t key = items[i].key(row_bits);
+      for (int64_t *counts = starts.data(), *end = counts + passes * buckets; counts < end; counts += buckets, key >>= digit_bits) ++counts[key & mask];
+    }
+  for (int pass = 0; pass < passes; ++pass) {
+    const auto digit = [&](const Item &item) { return (item.key(row_bits) >> pass * digit_bits) & mask; };
+    int64_t *const first = starts.data() + (chunks > 1 ? 0 : pass * buckets);
+    if (chunks > 1) {
+      std::fill(starts.begin(), starts.end(), 0);
+      parallel_tasks(chunks, [&](int64_t chunk) {
+        for (int64_t i = border(chunk), end = border(chunk + 1); i < end; ++i) ++first[chunk * buckets + digit(items[i])];
+      });
+    }
     int64_t total = 0;
     for (int64_t bucket = 0; bucket < buckets; ++bucket)
-      for (int64_t chunk = 0; chunk < chunks; ++chunk)
-        total += std::exchange(starts[chunk * buckets + bucket], total);
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) total += std::exchange(first[chunk * buckets + bucket], total);
     parallel_tasks(chunks, [&](int64_t chunk) {
-      int64_t *next = starts.data() + chunk * buckets;
+      int64_t *next = first + chunk * buckets;
       for (int64_t i = border(chunk), end = border(chunk + 1); i < end; ++i) other[next[digit(items[i])]++] = items[i];
     });
     std::swap(items, other);
