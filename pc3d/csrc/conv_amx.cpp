@@ -11,8 +11,7 @@
 
 const pc3d::ConvKernels *pc3d::conv_kernels_amx() {
   using namespace conv_amx;
-  const ConvKernels &other = *conv_kernels_avx512();
-  static const ConvKernels kernels{"amx", kStrip, kPair, kStep, other.cin_block, &pack, &tile, other.weight_grad};
+  static const ConvKernels kernels{"amx", kStrip, kPair, kStep, kGradRows, &pack, &tile, &weight_grad};
   return &kernels;
 }
 #else

@@ -1,7 +1,7 @@
 // Micro-kernels of sparse convolution, written once with vector extensions. A file that includes this defines first
 //   PC3D_ISA (a namespace name), PC3D_WIDTH (floats per register), PC3D_ROWS (rows of a register block), and PC3D_BF16 for
 //   products of bfloat16: an element of panels and packed weights is then a pair of numbers, the first in the upper half.
-//   PC3D_AMX, beside that, has blocks made of matrix tiles; it has no weight gradient of its own.
+//   PC3D_AMX, beside that, makes blocks of matrix tiles.
 // Only headers without inline functions are included: the linker could otherwise keep a copy compiled for a CPU we are not on.
 //
 // Every output element is one chain of multiply-adds: offsets ascending, channels ascending. So neither the tile, the
@@ -321,9 +321,11 @@ inline void read_across(const uint16_t *row, int64_t n, float *to) {
 }
 
 // n numbers paired with those of the next row, which is null behind the last one; writes whole registers.
+inline Vec down(const uint16_t *row, const uint16_t *next, int64_t j, int64_t n) {
+  return reinterpret_cast<Vec>(some_bits(row + j, n - j) << 16 | (next ? some_bits(next + j, n - j) : Bits{}));
+}
 inline void read_down(const uint16_t *row, const uint16_t *next, int64_t n, float *to) {
-  for (int64_t j = 0; j < n; j += kWidth)
-    store(to + j, reinterpret_cast<Vec>(some_bits(row + j, n - j) << 16 | (next ? some_bits(next + j, n - j) : Bits{})));
+  for (int64_t j = 0; j < n; j += kWidth) store(to + j, down(row, next, j, n));
 }
 #endif
 
@@ -354,20 +356,23 @@ inline void prefetch_ahead(const Rows &rows, int64_t i, int64_t end) {
   for (int64_t ahead = i + kAhead; ahead < min64(i + kAhead + kPair, end); ++ahead) rows.prefetch(ahead);
 }
 
-// Rows [0, n) cut into strips, strip after strip, zero-padded columns; pairs are of two rows. The index goes on to `end`.
-inline void gather_strips(const Rows &rows, int64_t n, int64_t end, float *to) {
+// Rows [0, n) cut into strips of `depth` elements, strip after strip, zero-padded; pairs are of two rows. The index goes on to
+// `end`.
+inline void gather_strips(const Rows &rows, int64_t n, int64_t end, int64_t depth, float *to) {
   alignas(64) float wide[kGradColumns];
   for (int64_t i = 0; i < n; i += kPair, to += kStrip) {
     prefetch_ahead(rows, i, end);
     const float *from = elements_of(rows, i, n, wide);
     float *strip = to;
     int64_t d = 0;
-    for (; d + kStrip <= rows.width; d += kStrip, strip += elements(n) * kStrip) copy(from + d, kStrip, strip);
+    for (; d + kStrip <= rows.width; d += kStrip, strip += depth * kStrip) copy(from + d, kStrip, strip);
     if (d < rows.width) {
       memset(strip, 0, kStrip * sizeof(float));
       copy(from + d, rows.width - d, strip);
     }
   }
+  const int64_t missing = (depth - elements(n)) * kStrip;
+  for (int64_t d = 0; missing && d < rows.width; d += kStrip, to += depth * kStrip) memset(to, 0, missing * sizeof(float));
 }
 
 // Rows [0, n) cut into the parts of `split`, part after part; pairs are of two rows. The index goes on to `end`.
@@ -516,7 +521,74 @@ void tile(const ConvProduct &p, int64_t first, int64_t last, int64_t strip_first
   target.finish();
 }
 
-#if !defined(PC3D_AMX)
+#if defined(PC3D_AMX)
+// Element c of register r becomes element r of register c.
+inline void transpose(__m512 *v) {
+  __m512 pairs[16], fours[16];
+  const auto low = [](__m512 a, __m512 b) { return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))); };
+  const auto high = [](__m512 a, __m512 b) { return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))); };
+  for (int i = 0; i < 16; i += 2) pairs[i] = _mm512_unpacklo_ps(v[i], v[i + 1]), pairs[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+  for (int i = 0; i < 16; i += 4) {
+    fours[i] = low(pairs[i], pairs[i + 2]), fours[i + 1] = high(pairs[i], pairs[i + 2]);
+    fours[i + 2] = low(pairs[i + 1], pairs[i + 3]), fours[i + 3] = high(pairs[i + 1], pairs[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512 even = _mm512_shuffle_f32x4(fours[i], fours[4 + i], 0x88), odd = _mm512_shuffle_f32x4(fours[i], fours[4 + i], 0xDD);
+    const __m512 even_after = _mm512_shuffle_f32x4(fours[8 + i], fours[12 + i], 0x88), odd_after = _mm512_shuffle_f32x4(fours[8 + i], fours[12 + i], 0xDD);
+    v[i] = _mm512_shuffle_f32x4(even, even_after, 0x88), v[8 + i] = _mm512_shuffle_f32x4(even, even_after, 0xDD);
+    v[4 + i] = _mm512_shuffle_f32x4(odd, odd_after, 0x88), v[12 + i] = _mm512_shuffle_f32x4(odd, odd_after, 0xDD);
+  }
+}
+
+// Rows [0, n) as columns: element d of channel r, a pair of two rows, at to[r * kGradPairs + d], zero-padded to whole tiles. The
+// index goes on to `end`.
+inline void gather_channels(const Rows &rows, int64_t n, int64_t end, float *to) {
+  for (int64_t i = 0; i < n; i += kPair * kTile, to += kTile) {
+    for (int64_t ahead = i; ahead < min64(i + kPair * kTile, n); ahead += kPair) prefetch_ahead(rows, ahead, end);
+    for (int64_t j = 0; j < rows.width; j += kTile) {
+      __m512 block[kTile];
+      for (int64_t d = 0; d < kTile; ++d) {
+        const int64_t row = i + kPair * d;
+        block[d] = row < n ? down(rows.halves(row, 0), row + 1 < n ? rows.halves(row + 1, 0) : nullptr, j, rows.width) : Vec{};
+      }
+      transpose(block);
+      for (int64_t r = 0; r < kTile; ++r) store(to + (j + r) * kGradPairs, block[r]);
+    }
+  }
+}
+
+// Adds the products of the pairs [begin, end) to the rows [first, last) of `out`.
+void add_pairs(const WeightGrad &p, int64_t begin, int64_t end, int64_t first, int64_t last, float *out) {
+  static_assert(kGradRows % kRows == 0 && kGradPairs % kTile == 0);
+  alignas(64) float panel[kGradRows * kGradPairs], strips[kGradPairs * kGradColumns], sums[kRows * kStrip];
+  const Split chunks(end - begin, kPair * kGradPairs);
+  for (int64_t i = 0; i < chunks.parts; begin += chunks.size(i++)) {
+    const int64_t n = chunks.size(i), depth = (elements(n) + kTile - 1) / kTile * kTile;
+    gather_channels({p.x, p.cin, first, last - first, p.gather + begin}, n, end - begin, panel);
+    for (int64_t group = 0; group < p.cout; group += kGradColumns) {
+      const int64_t width = min64(p.cout - group, kGradColumns);
+      gather_strips({p.g, p.cout, group, width, p.scatter + begin}, n, end - begin, depth, strips);
+      for (int64_t d = 0; d < width; d += kStrip) {
+        const int64_t columns = min64(width - d, kStrip);
+        for (int64_t r = first; r < last; r += kRows) {
+          const float *channels = panel + (r - first) * kGradPairs, *strip = strips + d * depth;
+          const int64_t rows = min64(last - r, kRows);
+          if (rows > kTile)
+            columns > kWidth ? multiply<2, 2>(channels, kGradPairs, strip, depth, sums) : multiply<2, 1>(channels, kGradPairs, strip, depth, sums);
+          else
+            columns > kWidth ? multiply<1, 2>(channels, kGradPairs, strip, depth, sums) : multiply<1, 1>(channels, kGradPairs, strip, depth, sums);
+          for (int64_t row = 0; row < rows; ++row) {
+            float *const to = out + (r + row) * p.cout + group + d;
+            int64_t c = 0;
+            for (; c + kWidth <= columns; c += kWidth) store(to + c, load(to + c) + load(sums + row * kStrip + c));
+            for (; c < columns; ++c) to[c] += sums[row * kStrip + c];
+          }
+        }
+      }
+    }
+  }
+}
+#else
 // Adds the products of the pairs [begin, end) to the rows [first, last) of `out`.
 void add_pairs(const WeightGrad &p, int64_t begin, int64_t end, int64_t first, int64_t last, float *out) {
   alignas(64) float panel[(kGradRows + kRows - 1) / kRows * part_size(kGradPairs)];
@@ -527,7 +599,7 @@ void add_pairs(const WeightGrad &p, int64_t begin, int64_t end, int64_t first, i
     gather_parts({p.x, p.cin, first, last - first, p.gather + begin}, parts, n, end - begin, panel);
     for (int64_t group = 0; group < p.cout; group += kGradColumns) {
       const int64_t width = min64(p.cout - group, kGradColumns);
-      gather_strips({p.g, p.cout, group, width, p.scatter + begin}, n, end - begin, strips);
+      gather_strips({p.g, p.cout, group, width, p.scatter + begin}, n, end - begin, elements(n), strips);
       for (int64_t d = 0; d < width; d += kStrip)
         Strip<true>(parts, min64(width - d, kStrip))
             .run({panel, nullptr, 0}, strips + d * elements(n), elements(n), out + first * p.cout + group + d, kCount.values, p.cout);
@@ -535,9 +607,14 @@ void add_pairs(const WeightGrad &p, int64_t begin, int64_t end, int64_t first, i
   }
 }
 
+#endif
+
 // Offset by offset over so many rows at a time that their features stay in the cache for all offsets, and that the sums of
 // an offset, which do not, are worth fetching.
 void weight_grad(const WeightGrad &p, int64_t kernel_first, int64_t kernel_last, int64_t first, int64_t last) {
+#if defined(PC3D_AMX)
+  const Tiles tiles;
+#endif
   const int64_t step = 4 + (p.cin + p.cout) / 16;
   for (int64_t granule = 0; granule < p.granules; granule += step) {
     const int64_t next = min64(granule + step, p.granules);
@@ -549,7 +626,6 @@ void weight_grad(const WeightGrad &p, int64_t kernel_first, int64_t kernel_last,
     }
   }
 }
-#endif
 
 }  // namespace PC3D_ISA
 }  // namespace pc3d
