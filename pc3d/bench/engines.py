@@ -18,14 +18,20 @@ from torch import Tensor, nn
 from pc3d.ops.conv import Epilogue, sparse_conv
 from pc3d.ops.kernel_map import KernelMap, strided_map, submanifold_map
 from pc3d.sparse import SparseConvolution
+from pc3d.voxels import Voxels
 
 Product = Callable[[Tensor, Tensor], Tensor]
 
 
 class Engine(abc.ABC):
-    """One implementation of sparse convolution, differentiable in features and weight."""
+    """One implementation of sparse convolution, differentiable in features and weight.
+
+    Attributes:
+        tolerance: how far its results may be from the reference's, relative to the largest value.
+    """
 
     name: str
+    tolerance = 1e-4
 
     def layout(self, weight: Tensor) -> Tensor:
         """``(K, Cin, Cout)`` in the engine's own layout."""
@@ -88,6 +94,31 @@ class Pc3d(Engine):
             submanifold_map(coord, (3, 3, 3))
 
     def adopt(self, network: nn.Module) -> nn.Module:
+        return network
+
+
+class Pc3dBfloat16(Engine):
+    """The kernels of this project in autocast to bfloat16, casts included."""
+
+    name = "pc3d_bf16"
+    tolerance = 3e-2
+
+    def _prepare(self, kmap: KernelMap) -> Product:
+        def product(feat: Tensor, weight: Tensor) -> Tensor:
+            with torch.autocast(feat.device.type, torch.bfloat16):
+                return sparse_conv(feat, weight, kmap).to(feat.dtype)
+
+        return product
+
+    def adopt(self, network: nn.Module) -> nn.Module:
+        forward = network.forward_voxels
+
+        def in_half(voxels: Voxels) -> Voxels:
+            with torch.autocast(voxels.feat.device.type, torch.bfloat16):
+                out = forward(voxels)  # type: ignore[operator]
+            return out.with_feat(out.feat.to(voxels.feat.dtype))
+
+        network.forward_voxels = in_half  # type: ignore[assignment]
         return network
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pc3d.bench.clouds import lidar_sweep
-from pc3d.bench.engines import Engine, installed_engines
+from pc3d.bench.engines import Engine, Pc3dBfloat16, installed_engines
 from pc3d.errors import InputError
 from pc3d.io import read
 from pc3d.models import SparseUNet
@@ -30,7 +30,6 @@ STRIDED_CHANNELS = ((32, 64), (128, 256))
 LEVELS = 5
 GROWTH = (10_000, 31_623, 100_000, 316_228, 1_000_000)  # voxels
 CLASSES = 20
-TOLERANCE = 1e-4  # of the largest value
 DEFAULT_CLOUDS = (
     "scannet_scene0000_00.bin:0.05:6",
     "scannet_scene0000_00.bin:0.02:6",
@@ -124,7 +123,7 @@ def measure(
     for op in ops:
         torch.manual_seed(0)
         case = _case(op, maps, engines)
-        error = _check(op, case)
+        error = _check(op, case, {engine.name: engine.tolerance for engine in engines})
         ms = _interleaved(case.works, rounds, budget)
         ours, *peers = ms
         ratio = {peer: round(ms[peer] / ms[ours], 3) for peer in peers}
@@ -215,7 +214,7 @@ def _network_case(maps: _Maps, engines: Sequence[Engine], training: bool) -> Cas
     return Case({name: work for name, (work, _) in runs.items()}, {name: result for name, (_, result) in runs.items()})
 
 
-def _check(op: str, case: Case) -> float | None:
+def _check(op: str, case: Case, tolerances: Mapping[str, float]) -> float | None:
     """Largest difference of our result from the reference's, relative to its largest value."""
     if _REFERENCE not in case.results:
         return None
@@ -226,7 +225,7 @@ def _check(op: str, case: Case) -> float | None:
         if name != _REFERENCE and (name != _RACES or torch.get_num_threads() == 1)
     }
     for name, error in errors.items():
-        if not error <= TOLERANCE:
+        if not error <= tolerances[name]:
             raise InputError(f"{op}: {name} and {_REFERENCE} differ by {error:.1e} of the maximum; no times are shown")
     return next(iter(errors.values()), None)
 
@@ -308,6 +307,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="peers to leave out, such as torch_gather (no accuracy check then)",
     )
     parser.add_argument(
+        "--bf16", action="store_true", help="also time our kernels in autocast to bfloat16 (results within 3 %% pass)"
+    )
+    parser.add_argument(
         "--growth",
         action="store_true",
         help="instead: time against 10^4 to 10^6 voxels, and peak memory of inference at the most",
@@ -326,6 +328,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     if min(args.threads) < 1 or args.rounds < 1:
         raise InputError("--threads and --rounds must be 1 or more")
     engines = [engine for engine in installed_engines() if engine.name == "pc3d" or engine.name not in args.skip]
+    if args.bf16:
+        engines.append(Pc3dBfloat16())
     rows: list[Row] = []
     clouds = [] if args.growth else [read_voxels(spec) for spec in args.clouds or default_clouds()]
     for threads in args.threads:

@@ -45,6 +45,9 @@ constexpr int64_t kLeastRows = 24;      // of a weight gradient in one task, unl
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Elements of a column of packed weights.
+int64_t packed_depth(const ConvKernels &kernels, int64_t cin) { return ceil_div(cin, kernels.step) * (kernels.step / kernels.pair); }
+
 const std::vector<const ConvKernels *> &usable(bool bf16) {
   static const auto kernels = usable_kernels(conv_kernels_avx512(), conv_kernels_avx2(), conv_kernels_generic());
   static const auto for_bf16 = [] {

@@ -58,11 +58,6 @@ struct ConvKernels {
   void (*weight_grad)(const WeightGrad &product, int64_t kernel_first, int64_t kernel_last, int64_t first, int64_t last);
 };
 
-// The pairs of `cin` input channels of a packed weight.
-inline int64_t packed_depth(const ConvKernels &kernels, int64_t cin) {
-  return (cin + kernels.step - 1) / kernels.step * (kernels.step / kernels.pair);
-}
-
 // Null where the compiler was not given the instruction set. The caller checks that the CPU has it.
 const ConvKernels *conv_kernels_amx();
 const ConvKernels *conv_kernels_avx512bf16();

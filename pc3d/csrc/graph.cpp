@@ -1,6 +1,6 @@
-// Graph segmentation on the CPU: edges of a mesh, and the merge of Felzenszwalb and
-// Huttenlocher ("Efficient graph-based image segmentation", IJCV 2004). Pairs of rows and the merge are serial; everything
-// else writes each result from one place, so nothing depends on the number of threads.
+// Graph segmentation on the CPU: edges of a mesh, and the merge of Felzenszwalb and Huttenlocher ("Efficient graph-based image
+// segmentation", IJCV 2004). Both are serial; everything else writes each result from one place, so nothing depends on the
+// number of threads.
 #include <nanobind/stl/optional.h>
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// Nearest neighbours and farthest point sampling on the CPU, exact; normals, and what they say of edges.
+// Nearest neighbours and farthest point sampling on the CPU, exact; normals; edges between neighbours, and what normals say of them.
 //
 // The points of a cloud are sorted along a z curve and cut into leaves of a few points; leaves are gathered in nodes, and these
 // in nodes, each with its bounding box. Distances are (dx*dx + dy*dy) + dz*dz in float32, and so are the bounds of boxes:
@@ -289,8 +289,8 @@ nb::object edge_weights(Array<const float, 2> coord, Array<const float, 2> norma
   return to_torch(std::move(weights));
 }
 
-// Each pair of a point and another in its list once, (smaller, larger), sorted. Empty, and false in `complete`, where a list does
-// not have its point once, or a number that is no point.
+// Each pair of a point and another in its list once, (smaller, larger), sorted. Empty, and false in `complete`, where a list
+// does not fit RowLists.
 //
 // The pairs of a point are those with larger points in its list, and with larger points that it does not list but that list it.
 Buffer<int32_t> distinct_pairs(const NeighbourKernels &kernels, const RowLists &lists, bool &complete) {
@@ -312,7 +312,7 @@ Buffer<int32_t> distinct_pairs(const NeighbourKernels &kernels, const RowLists &
   });
   complete = std::all_of(found.begin(), found.end(), [](const Block &block) { return block.complete; });
   if (!complete) return Buffer<int32_t>();
-  std::vector<int64_t> starts(lists.points + 2);  // two further on, then one, while they are filled
+  std::vector<int64_t> starts(lists.points + 2);  // point i is at i + 2 while others are counted, at i + 1 until they are put
   for (const Block &block : found)
     for (const RowPair &pair : block.one_way) ++starts[pair.smaller + 2];
   std::partial_sum(starts.begin(), starts.end(), starts.begin());

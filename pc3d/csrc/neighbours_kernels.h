@@ -54,11 +54,12 @@ struct SampleState {
   int32_t *row[kMostLevels];
 };
 
-// The first `count` numbers of each list, `stride` apart: of each point a list, which holds the point itself and others.
+// Of each point a list of points, the first `count` of `stride` numbers. It holds the point itself once; any number of times where
+// lists are `filled` with it.
 struct RowLists {
   const int32_t *rows;
   int64_t points, stride, count;
-  bool filled;  // with the point itself, where there are fewer others
+  bool filled;
 };
 struct RowPair {
   int32_t smaller, larger;
@@ -81,12 +82,11 @@ struct NeighbourKernels {
   // Of edges [begin, end), pairs of rows: 1 - cosine of the normals, squared where the edge is convex, at least 0.
   void (*edge_weights)(const float *coord, const float *normal, const int32_t *edges, int64_t begin, int64_t end, float *out);
   // Of the lists of points [begin, end): the pairs with smaller ones that do not list them, ascending by the larger, and how
-  // many larger ones they list. False, and anything, where a list has a number that is no point, or its point not
-  // once.
+  // many larger ones they list. False, and anything, where a list does not fit RowLists.
   bool (*one_way)(const RowLists &lists, int64_t begin, int64_t end, RowPair *out, int64_t *count, int64_t *larger);
-  // Pairs of points [begin, end) with the larger ones that they list and with `others`, which point i has from starts[i] on (two
-  // numbers more can be read):
-  // sorted, to the places from `out` to `out_end`. False, and anything, if `distinct` does not hold: nobody is there twice.
+  // Pairs of points [begin, end) with the larger ones that they list and with `others`, which point i has from starts[i] on (and
+  // two numbers are after the last): sorted, to the places from `out` to `out_end`. False, and anything, if `distinct` does not
+  // hold: no pair is there twice.
   bool (*pairs)(const RowLists &lists, const int32_t *others, const int64_t *starts, int64_t begin, int64_t end, bool distinct, RowPair *out,
                 const RowPair *out_end);
 };

@@ -98,7 +98,7 @@ struct Packing {
   Int operator()(Int v) const { return reinterpret_cast<Int>((*this)(reinterpret_cast<Vec>(v))); }
 };
 
-// The levels of kSplit candidates, in registers of twice as many lanes.
+// Numbers below 2^15, in registers of twice as many lanes.
 typedef int16_t Short __attribute__((vector_size(kWidth * sizeof(float))));
 #if PC3D_WIDTH == 16 && defined(__AVX512BW__)
 inline Short narrow(Int a, Int b) {
@@ -308,6 +308,7 @@ struct Found {
 // here depends on n. They are told apart by levels, 2^15 of them up to the bound. Returns at least the distance of the k-th; -1,
 // and has put nothing, where candidates of one level lie on both sides of a border.
 inline float put_apart(const SearchSpace &space, float bound, const Found &found) {
+  static_assert(kSplit % (2 * kWidth) == 0, "whole registers");
   constexpr int kRegisters = kSplit / (2 * kWidth);
   constexpr float kLast = 32767;
   const Vec scale = splat((kLast - 1) / bound), last = splat(kLast);
@@ -627,8 +628,8 @@ inline void put_ascending(const int32_t *values, int64_t row, RowPair *out, Eigh
   for (int j = 0; j < 8 * Registers; ++j) out[ranks[j]] = {static_cast<int32_t>(row), values[j]};
 }
 
-// The larger rows in the list of row i, and those in [other, last); how many, and INT32_MAX in all places up to
-// a multiple of 16.
+// The larger rows in the list of row i, and those in [other, last); how many. INT32_MAX in the
+// places after them, up to a multiple of 16.
 inline int64_t collect(const RowLists &lists, int64_t i, const int32_t *other, const int32_t *last, int32_t *values) {
   const int32_t *own = lists.rows + i * lists.stride;
   const Int row = Int{} + static_cast<int32_t>(i), none = Int{} + INT32_MAX;

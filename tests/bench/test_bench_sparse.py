@@ -63,8 +63,19 @@ def test_whole_networks_agree() -> None:
     assert row.max_err < 1e-4
 
 
+def test_bfloat16_is_timed_beside_float32(cloud: str, tmp_path: Path) -> None:
+    target = tmp_path / "rows.json"
+    only = ["--only", "subm3_32x32", "map_subm3", "unet34c_infer"]
+    assert main(["sparse", cloud, "--rounds", "1", "--bf16", "--skip", "spconv_cpu", "--json", str(target), *only]) == 0
+    rows = {row["op"]: row for row in json.loads(target.read_text())["rows"]}
+    for op in ("subm3_32x32_fwd", "subm3_32x32_fwdbwd", "unet34c_infer"):
+        assert rows[op]["ratio"]["pc3d_bf16"] > 0
+        assert rows[op]["max_err"] < 1e-4  # of float32
+    assert "pc3d_bf16" not in rows["map_subm3"]["ms"]
+
+
 def test_an_engine_that_is_wrong_is_not_timed(cloud: str, monkeypatch) -> None:
-    monkeypatch.setattr(sparse, "TOLERANCE", -1.0)
+    monkeypatch.setattr(Pc3d, "tolerance", -1.0)
     name, coord = sparse.read_voxels(cloud)
     with pytest.raises(InputError, match="subm3_4x32_fwd: pc3d and torch_gather differ"):
         list(sparse.measure(name, coord, [Pc3d(), TorchGather()], ["subm3_4x32_fwd"], rounds=1))

@@ -99,7 +99,7 @@ def test_edges_of_full_lists_equal_the_reference(k, width):
 
 @pytest.mark.parametrize("k", [6, 10, 15, 24])
 def test_edges_of_many_lists_equal_the_reference(k):
-    """More rows than a thread takes at once, up to 120 that list one that does not list them, and some without larger ones."""
+    """More rows than a thread takes at once, 218 that list one that does not list them, some without larger ones."""
     rows, generator = 9001, torch.Generator().manual_seed(k)
     near = torch.arange(rows)[:, None] + torch.randint(1, 9, (rows, 30), generator=generator).cumsum(1)
     near[:, 0] = torch.arange(rows)
