@@ -100,7 +100,7 @@ struct Order {
 nb::object words_to_torch(Buffer<PackedRow> buffer) {
   const size_t shape[1] = {static_cast<size_t>(buffer.size())};
   PackedRow *memory = buffer.release();
-  nb::capsule owner(memory, [](void *p) noexcept { std::free(p); });
+  nb::capsule owner(memory, [](void *p) noexcept { deallocate(p); });
   return nb::cast(nb::ndarray<nb::pytorch, int64_t>(memory, 1, shape, owner));
 }
 
