@@ -328,6 +328,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     if min(args.threads) < 1 or args.rounds < 1:
         raise InputError("--threads and --rounds must be 1 or more")
     engines = [engine for engine in installed_engines() if engine.name == "pc3d" or engine.name not in args.skip]
+    if args.bf16 and args.growth:
+        raise InputError("--bf16: --growth times float32 only")
     if args.bf16:
         engines.append(Pc3dBfloat16())
     rows: list[Row] = []

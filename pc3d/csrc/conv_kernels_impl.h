@@ -5,7 +5,8 @@
 // Only headers without inline functions are included: the linker could otherwise keep a copy compiled for a CPU we are not on.
 //
 // Every output element is one chain of multiply-adds: offsets ascending, channels ascending. So neither the tile, the
-// thread count nor the register width changes a bit of the result.
+// thread count nor the register width changes a bit of the result. Matrix tiles sum the channels of an offset apart, and
+// then add them: other bits than those of registers, but the same for every tile and thread count.
 #pragma once
 
 #include <stdint.h>

@@ -87,6 +87,11 @@ def test_a_cloud_in_another_form_is_refused(spec: str, capsys) -> None:
     assert capsys.readouterr().err.startswith(f"bench sparse: {spec}")
 
 
+def test_growth_in_bfloat16_is_refused(capsys) -> None:
+    assert main(["sparse", "--growth", "--bf16"]) == 2
+    assert "--growth times float32 only" in capsys.readouterr().err
+
+
 def test_an_unknown_case_is_refused(capsys) -> None:
     assert main(["sparse", "--only", "subm5"]) == 2
     assert "there are subm3_4x32_fwd" in capsys.readouterr().err
