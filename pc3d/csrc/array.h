@@ -121,14 +121,6 @@ class Buffer {
   int64_t size_;
 };
 
-// Whether all of `count` numbers are in 0..rows - 1.
-inline bool inside(const int32_t *numbers, int64_t count, int64_t rows) {
-  const uint32_t last = static_cast<uint32_t>(rows < INT32_MAX ? rows : INT32_MAX) - 1;
-  uint32_t signs = 0;  // of each number, and of its distance to the last
-  for (int64_t i = 0; i < count; ++i) signs |= static_cast<uint32_t>(numbers[i]) | (last - static_cast<uint32_t>(numbers[i]));
-  return !(signs >> 31);
-}
-
 // A torch tensor, (n,) or (n / columns, columns), that owns the buffer's memory. Needs the GIL.
 template <class T>
 nanobind::object to_torch(Buffer<T> buffer, int64_t columns = 0) {

@@ -18,6 +18,7 @@
 #include "module.h"
 #include "parallel.h"
 #include "radix_sort.h"
+#include "rows.h"
 
 namespace nb = nanobind;
 
@@ -112,10 +113,33 @@ PC3D_CLONES uint32_t largest_key(const float *values, int64_t count) {
   return largest;
 }
 
+PC3D_CLONES int64_t count_missing(const float *values, int64_t count) {
+  int64_t missing = 0;
+  for (int64_t i = 0; i < count; ++i) missing += values[i] != values[i];
+  return missing;
+}
+
 PC3D_CLONES void find_buckets(const float *values, int64_t count, int shift, uint32_t first, uint16_t *buckets) {
   for (int64_t i = 0; i < count; ++i) {
     const uint32_t at = ascending_key(values[i]) >> shift;
     buckets[i] = static_cast<uint16_t>(at > first ? at - first : 0);
+  }
+}
+
+// Of each key, how many are less. Whole blocks of keys are read, and of ranks written.
+constexpr int64_t kRankedTogether = 32;
+PC3D_CLONES void find_ranks(const int32_t *keys, int64_t count, int32_t *ranks) {
+  typedef int32_t Lanes __attribute__((vector_size(kRankedTogether / 2 * sizeof(int32_t)), aligned(4)));
+  for (int64_t i = 0; i < count; i += kRankedTogether) {
+    const Lanes *own = reinterpret_cast<const Lanes *>(keys + i);
+    const Lanes low = own[0], high = own[1];
+    Lanes low_rank{}, high_rank{};
+    for (int64_t j = 0; j < count; ++j) {
+      const Lanes other = Lanes{} + keys[j];
+      low_rank -= other < low, high_rank -= other < high;
+    }
+    Lanes *rank = reinterpret_cast<Lanes *>(ranks + i);
+    rank[0] = low_rank, rank[1] = high_rank;
   }
 }
 
@@ -189,28 +213,38 @@ class EdgeQueue {
     for (const Item *item = first, *end = items_.data() + starts_[bucket + 1]; item < end; ++item) {
       const Edge ends{components.root(item->edge.a), components.root(item->edge.b)};
       *last = {item->weight, ends};
-      last += ends.a != ends.b;
+      last += ends.a != ends.b && !drop(ends.a, ends.b);
     }
-    last = std::remove_if(first, last, [&](const Item &item) { return drop(item.edge.a, item.edge.b); });
+    const auto take_one = [&](const Item &item) {
+      const int32_t a = components.root(item.edge.a), b = components.root(item.edge.b);
+      if (a != b) take(a, b, item.weight);
+    };
     uint32_t low = std::numeric_limits<uint32_t>::max(), high = 0;
     for (const Item *item = first; item < last; ++item) {
       const uint32_t key = ascending_key(item->weight);
       low = std::min(low, key), high = std::max(high, key);
     }
-    const int row_bits = bit_length(static_cast<uint64_t>(last - first));
-    Buffer<PackedRow> order(last - first);
-    for (int64_t i = 0; i < order.size(); ++i) order[i] = PackedRow::make(ascending_key(first[i].weight) - low, i, row_bits);
-    if (order.size() > 1) radix_sort(order, bit_length(high - low), row_bits);
-    for (const PackedRow &at : order) {
-      const Item &item = first[at.row(row_bits)];
-      const int32_t a = components.root(item.edge.a), b = components.root(item.edge.b);
-      if (a != b) take(a, b, item.weight);
+    const int64_t count = last - first;
+    if (count <= kMostRanked && high - low < kRankedRange) {
+      int32_t keys[kMostRanked + kRankedTogether], ranks[kMostRanked + kRankedTogether], order[kMostRanked];
+      for (int64_t i = 0; i < count; ++i) keys[i] = static_cast<int32_t>((ascending_key(first[i].weight) - low) * kMostRanked + i);
+      find_ranks(keys, count, ranks);
+      for (int64_t i = 0; i < count; ++i) order[ranks[i]] = static_cast<int32_t>(i);
+      for (int64_t i = 0; i < count; ++i) take_one(first[order[i]]);
+      return;
     }
+    const int row_bits = bit_length(static_cast<uint64_t>(count));
+    Buffer<PackedRow> order(count);
+    for (int64_t i = 0; i < count; ++i) order[i] = PackedRow::make(ascending_key(first[i].weight) - low, i, row_bits);
+    radix_sort(order, bit_length(high - low), row_bits);
+    for (const PackedRow &at : order) take_one(first[at.row(row_bits)]);
   }
 
  private:
   static constexpr int64_t kAhead = 8;
-  static constexpr int kShift = 18;  // 32 buckets for each power of two; less than 2^-31 of the largest shares the first
+  static constexpr int kShift = 18;  // 128 buckets for each power of two; less than 2^-31 of the largest shares the first
+  static constexpr int64_t kMostRanked = 256;
+  static constexpr uint32_t kRankedRange = uint32_t{1} << 23;  // what fits keys of 31 bits beside a place
   struct Item {
     float weight;
     Edge edge;
@@ -229,8 +263,7 @@ void merge(Array<const int32_t, 2> edges, Array<const float, 1> weights, double 
   if (rows > std::numeric_limits<int32_t>::max()) throw std::invalid_argument("a graph must have less than 2^31 points");
   const Edge *edge = as_edges(edges, rows);
   if (count > std::numeric_limits<uint32_t>::max()) throw std::invalid_argument("a graph must have less than 2^32 edges");
-  int64_t missing = 0;
-  for (const float *w = weights.data(); w < weights.data() + count; ++w) missing += *w != *w;
+  const int64_t missing = count_missing(weights.data(), count);
   if (missing) throw std::invalid_argument(std::to_string(missing) + " edge weights are NaN");
   nb::gil_scoped_release release;
   EdgeQueue queue(edge, weights.data(), count);
@@ -240,14 +273,11 @@ void merge(Array<const int32_t, 2> edges, Array<const float, 1> weights, double 
   const auto join_small = [&](int32_t a, int32_t b) {
     if (small(a, b)) components.join(a, b);
   };
+  const auto nothing = [](int32_t, int32_t) { return false; };
   double highest = k;  // of all thresholds so far
   int64_t bucket = 0;
   for (; bucket < EdgeQueue::kBuckets && !(queue.least(bucket) > highest); ++bucket) {
-    const double least = queue.least(bucket);
-    const auto settled = [&](int32_t a, int32_t b) {
-      return (components[a].threshold < least || components[b].threshold < least) && !small(a, b);
-    };
-    queue.each(bucket, components, settled, [&](int32_t a, int32_t b, double weight) {
+    queue.each(bucket, components, nothing, [&](int32_t a, int32_t b, double weight) {
       if (weight > components[a].threshold || weight > components[b].threshold) {
         if (small(a, b)) apart.push_back({a, b});
         return;

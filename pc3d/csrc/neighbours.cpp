@@ -24,6 +24,7 @@
 #include "module.h"
 #include "neighbours_kernels.h"
 #include "parallel.h"
+#include "rows.h"
 
 namespace nb = nanobind;
 
@@ -99,6 +100,38 @@ class Arrays {
   int64_t long_ = 0;
 };
 
+// Picks one of 2 * Half numbers and puts it first.
+template <int64_t Half, class T, class Pick>
+inline __attribute__((always_inline)) void pick_one(T *values, Pick pick) {
+  for (int64_t i = 0; i < Half; ++i) values[i] = pick(values[i], values[i + Half]);
+  if constexpr (Half > 1) pick_one<Half / 2>(values, pick);
+}
+// Picks one number of each kFan, and of the rest that is left of `count`.
+template <class T, class Pick>
+inline __attribute__((always_inline)) void pick_each(const T *values, int64_t count, T *out, Pick pick) {
+  const int64_t whole = count / kFan;
+  for (int64_t node = 0; node < whole; ++node) {
+    const T *own = values + node * kFan;
+    T best[kFan / 2];
+    for (int64_t i = 0; i < kFan / 2; ++i) best[i] = pick(own[i], own[i + kFan / 2]);
+    pick_one<kFan / 4>(best, pick);
+    out[node] = best[0];
+  }
+  if (whole * kFan == count) return;
+  T best = values[whole * kFan];
+  for (int64_t i = whole * kFan + 1; i < count; ++i) best = pick(best, values[i]);
+  out[whole] = best;
+}
+PC3D_CLONES void find_least(const float *values, int64_t count, float *out) {
+  pick_each(values, count, out, [](float a, float b) __attribute__((always_inline)) { return a < b ? a : b; });
+}
+PC3D_CLONES void find_greatest(const float *values, int64_t count, float *out) {
+  pick_each(values, count, out, [](float a, float b) __attribute__((always_inline)) { return a > b ? a : b; });
+}
+PC3D_CLONES void find_least(const int32_t *values, int64_t count, int32_t *out) {
+  pick_each(values, count, out, [](int32_t a, int32_t b) __attribute__((always_inline)) { return a < b ? a : b; });
+}
+
 // Owns the memory of a PointTree.
 class Tree {
  public:
@@ -147,17 +180,15 @@ class Tree {
     const int64_t size = filled(level.nodes);
     for (int axis = 0; axis < 3; ++axis) {
       float *const low = arrays.take<float>(size), *const high = arrays.take<float>(size);
-      std::fill(low, low + size, kInfinity);
-      std::fill(high, high + size, -kInfinity);
-      for (int64_t i = 0; i < below; ++i) {
-        low[i / kFan] = std::min(low[i / kFan], lows[axis][i]);
-        high[i / kFan] = std::max(high[i / kFan], highs[axis][i]);
-      }
+      std::fill(low + level.nodes, low + size, kInfinity);
+      std::fill(high + level.nodes, high + size, -kInfinity);
+      find_least(lows[axis], below, low);
+      find_greatest(highs[axis], below, high);
       level.low[axis] = low, level.high[axis] = high;
     }
     int32_t *const row = arrays.take<int32_t>(size);
-    std::fill(row, row + size, kNobody);
-    for (int64_t i = 0; i < below; ++i) row[i / kFan] = std::min(row[i / kFan], rows[i]);
+    std::fill(row + level.nodes, row + size, kNobody);
+    find_least(rows, below, row);
     level.row = row;
     return level;
   }
@@ -167,7 +198,7 @@ class Tree {
 const SearchSpace &search_space(int64_t k) {
   thread_local SearchSpace space{};
   thread_local Buffer<std::byte> memory;
-  const int64_t capacity = std::max(kLeastCapacity, 16 * k), size = capacity + kSplit;
+  const int64_t capacity = std::max(kLeastCapacity, 16 * k), size = capacity + kSplit * (kMostWaiting + 1);
   if (space.capacity < capacity) {
     memory = Buffer<std::byte>(Arrays::bytes(10, size));
     Arrays arrays(memory.data(), memory.size());
@@ -256,10 +287,7 @@ void normals(Array<const float, 2> coord, Array<const int64_t, 1> offsets, Array
   if (coord.shape(1) != 3 || out.shape(1) != 3 || static_cast<int64_t>(neighbours.shape(0)) != rows || static_cast<int64_t>(out.shape(0)) != rows ||
       centers.shape(0) + 1 != offsets.shape(0) || centers.shape(1) != 3)
     throw std::invalid_argument("points, neighbours, centres and results do not fit each other");
-  const uint32_t last = static_cast<uint32_t>(std::min<int64_t>(rows, kNobody)) - 1;
-  uint32_t signs = 0;  // of the distance of each to the last row
-  for (int64_t i = 0; i < rows * k; ++i) signs |= last - static_cast<uint32_t>(neighbours.data()[i]);
-  if (signs >> 31) throw std::invalid_argument("a neighbour is a point that does not exist");
+  if (!inside_or_negative(neighbours.data(), rows * k, rows)) throw std::invalid_argument("a neighbour is a point that does not exist");
   nb::gil_scoped_release release;
   const Buffer<float> points = in_fours(coord.data(), rows);
   for (int64_t cloud = 0; cloud < static_cast<int64_t>(centers.shape(0)); ++cloud) {

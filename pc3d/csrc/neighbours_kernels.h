@@ -9,6 +9,7 @@ constexpr int64_t kFan = 16;        // children of a node, points of a leaf
 constexpr int kMostLevels = 10;     // 8^10 leaves hold 2^31 points and more
 constexpr int64_t kMostRanked = 128;  // candidates put in order by counting; more are sorted
 constexpr int64_t kSplit = 32;      // candidates that are only split, into the nearest and others; a multiple of kFan
+constexpr int64_t kMostWaiting = 32;  // queries whose candidates are split together
 constexpr int32_t kNobody = INT32_MAX;
 
 // Bounding boxes of nodes, with memory for a multiple of kFan of them.
@@ -39,7 +40,7 @@ struct Queries {
   int64_t inner;         // where above 0, the `inner` nearest come first in short_rows, then others, in no other order
 };
 
-// Memory of one thread: `capacity` candidates, and kSplit more; as many nodes.
+// Memory of one thread: `capacity` candidates, and those of kMostWaiting queries more; as many nodes.
 struct SearchSpace {
   int64_t capacity;
   float *coord[3], *distances;

@@ -105,11 +105,6 @@ inline Short narrow(Int a, Int b) {
   return reinterpret_cast<Short>(_mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(a))),
                                                     _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(b)), 1));
 }
-inline Short count_less(Short count, Short a, Short b) {
-  const __m512i counted = reinterpret_cast<__m512i>(count);
-  const __mmask32 less = _mm512_cmplt_epi16_mask(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b));
-  return reinterpret_cast<Short>(_mm512_mask_sub_epi16(counted, less, counted, _mm512_set1_epi16(-1)));
-}
 inline uint32_t less(Short a, Short b) { return _mm512_cmplt_epi16_mask(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)); }
 inline Int whole(Vec v) { return reinterpret_cast<Int>(_mm512_cvttps_epi32(v)); }
 #else
@@ -123,7 +118,6 @@ inline Short narrow(Int a, Int b) {
   return out;
 #endif
 }
-inline Short count_less(Short count, Short a, Short b) { return count - (a < b); }
 inline uint32_t less(Short a, Short b) {
   const Short mask = a < b;
 #if PC3D_WIDTH == 8 && defined(__AVX2__)
@@ -137,11 +131,85 @@ inline uint32_t less(Short a, Short b) {
 }
 inline Int whole(Vec v) { return __builtin_convertvector(v, Int); }
 #endif
-inline int16_t largest(Short v) {
-  int16_t lanes[2 * kWidth], most = 0;
-  memcpy(lanes, &v, sizeof v);
-  for (int16_t lane : lanes) most = lane > most ? lane : most;
-  return most;
+
+constexpr int64_t kLists = 2 * kWidth;          // lists of kSplit numbers that are sorted together
+constexpr int64_t kParts = kSplit / kLists;     // registers of a list
+static_assert(kSplit % kLists == 0 && kLists <= kMostWaiting, "whole registers");
+
+#if (PC3D_WIDTH == 16 && defined(__AVX512BW__)) || (PC3D_WIDTH == 8 && defined(__AVX2__))
+// Of eight registers, lane by lane of each eighth of the lanes: register i gets lane i of all.
+inline void turn_eights(Short *v) {
+  for (int step = 0; step < 3; ++step) {
+    Short next[8];
+    for (int i = 0; i < 4; ++i) {
+#if PC3D_WIDTH == 16
+      const __m512i a = reinterpret_cast<__m512i>(v[i]), b = reinterpret_cast<__m512i>(v[i + 4]);
+      next[2 * i] = reinterpret_cast<Short>(_mm512_unpacklo_epi16(a, b)), next[2 * i + 1] = reinterpret_cast<Short>(_mm512_unpackhi_epi16(a, b));
+#else
+      const __m256i a = reinterpret_cast<__m256i>(v[i]), b = reinterpret_cast<__m256i>(v[i + 4]);
+      next[2 * i] = reinterpret_cast<Short>(_mm256_unpacklo_epi16(a, b)), next[2 * i + 1] = reinterpret_cast<Short>(_mm256_unpackhi_epi16(a, b));
+#endif
+    }
+    for (int i = 0; i < 8; ++i) v[i] = next[i];
+  }
+}
+#endif
+
+// List i becomes lane i of kSplit registers; which number is in which of these does not matter.
+inline void lists_to_lanes(const Short (*lists)[kParts], Short *lanes) {
+#if PC3D_WIDTH == 16 && defined(__AVX512BW__)
+  for (int i = 0; i < kLists; ++i) lanes[i] = lists[i][0];
+  for (int i = 0; i < kLists; i += 8) turn_eights(lanes + i);
+  for (int i = 0; i < 8; ++i) {
+    const auto number = [&](int eight) { return reinterpret_cast<__m512i>(lanes[8 * eight + i]); };
+    const __m512i even[2] = {_mm512_shuffle_i32x4(number(0), number(1), 0x88), _mm512_shuffle_i32x4(number(2), number(3), 0x88)};
+    const __m512i odd[2] = {_mm512_shuffle_i32x4(number(0), number(1), 0xDD), _mm512_shuffle_i32x4(number(2), number(3), 0xDD)};
+    lanes[i] = reinterpret_cast<Short>(_mm512_shuffle_i32x4(even[0], even[1], 0x88));
+    lanes[8 + i] = reinterpret_cast<Short>(_mm512_shuffle_i32x4(odd[0], odd[1], 0x88));
+    lanes[16 + i] = reinterpret_cast<Short>(_mm512_shuffle_i32x4(even[0], even[1], 0xDD));
+    lanes[24 + i] = reinterpret_cast<Short>(_mm512_shuffle_i32x4(odd[0], odd[1], 0xDD));
+  }
+#elif PC3D_WIDTH == 8 && defined(__AVX2__)
+  for (int part = 0; part < kParts; ++part) {
+    Short *const own = lanes + part * kLists;
+    for (int i = 0; i < kLists; ++i) own[i] = lists[i][part];
+    for (int i = 0; i < kLists; i += 8) turn_eights(own + i);
+    for (int i = 0; i < 8; ++i) {
+      const __m256i a = reinterpret_cast<__m256i>(own[i]), b = reinterpret_cast<__m256i>(own[8 + i]);
+      own[i] = reinterpret_cast<Short>(_mm256_permute2x128_si256(a, b, 0x20));
+      own[8 + i] = reinterpret_cast<Short>(_mm256_permute2x128_si256(a, b, 0x31));
+    }
+  }
+#else
+  int16_t turned[kSplit][kLists];
+  for (int i = 0; i < kLists; ++i)
+    for (int j = 0; j < kSplit; ++j) turned[j][i] = lists[i][j / kLists][j % kLists];
+  memcpy(lanes, turned, sizeof turned);
+#endif
+}
+
+// Batcher's odd-even merge sort: which pairs to put in order, one after the other.
+struct SortingNetwork {
+  int pairs = 0, a[256] = {}, b[256] = {};
+  constexpr SortingNetwork() {
+    for (int sorted = 1; sorted < kSplit; sorted *= 2)
+      for (int apart = sorted; apart > 0; apart /= 2)
+        for (int first = apart % sorted; first + apart < kSplit; first += 2 * apart)
+          for (int i = first; i < first + apart && i + apart < kSplit; ++i)
+            if (i / (2 * sorted) == (i + apart) / (2 * sorted)) a[pairs] = i, b[pairs++] = i + apart;
+  }
+};
+constexpr SortingNetwork kNetwork;
+
+// Sorts the lanes of kSplit registers, each for itself.
+template <int Pair = 0>
+inline __attribute__((always_inline)) void sort_lanes(Short *v) {
+  if constexpr (Pair < kNetwork.pairs) {
+    Short &a = v[kNetwork.a[Pair]], &b = v[kNetwork.b[Pair]];
+    const Short low = a < b ? a : b, high = a < b ? b : a;
+    a = low, b = high;
+    sort_lanes<Pair + 1>(v);
+  }
 }
 
 struct Box {
@@ -184,7 +252,7 @@ int64_t gather(const PointTree &tree, const Box &around, float bound, const Sear
   int64_t count = 1;
   nodes[0] = 0;
   for (int at = tree.levels - 1; at >= 0; --at) {
-    const TreeLevel &level = tree.level[at];
+    const TreeLevel level = tree.level[at];
     const Int end = Int{} + static_cast<int32_t>(level.nodes);
     int64_t found = 0;
     for (int64_t node = 0; node < count; ++node) {
@@ -200,38 +268,80 @@ int64_t gather(const PointTree &tree, const Box &around, float bound, const Sear
     int32_t *const other = nodes;
     nodes = inside, inside = other, count = found;
   }
+  const float *const from[3] = {tree.coord[0], tree.coord[1], tree.coord[2]};
+  float *const to[3] = {space.coord[0], space.coord[1], space.coord[2]};
+  const int32_t *const row = tree.row;
+  int32_t *const rows = space.rows;
+  const int64_t capacity = space.capacity;
   int64_t points = 0;
   for (int64_t node = 0; node < count; ++node) {
-    if (points + kFan > space.capacity) return -1;
+    if (points + kFan > capacity) return -1;
     const int64_t first = kFan * nodes[node];
     for (int64_t i = first; i < first + kFan; i += kWidth) {
-      const Packing packing(at_most(box.distance(tree.coord, tree.coord, i), most));
-      for (int axis = 0; axis < 3; ++axis) store(space.coord[axis] + points, packing(load(tree.coord[axis] + i)));
-      store(space.rows + points, packing(load(tree.row + i)));
+      const Packing packing(at_most(box.distance(from, from, i), most));
+      for (int axis = 0; axis < 3; ++axis) store(to[axis] + points, packing(load(from[axis] + i)));
+      store(rows + points, packing(load(row + i)));
       points += packing.count;
     }
   }
-  for (int axis = 0; axis < 3; ++axis) store(space.coord[axis] + points, splat(NAN));  // never within a bound
+  for (int axis = 0; axis < 3; ++axis) store(to[axis] + points, splat(NAN));  // never within a bound
   return points;
 }
 
-// Distances and rows of the first `count` candidates that lie within `bound` of p, and infinity in kSplit places after them.
-inline int64_t candidates_within(const SearchSpace &space, int64_t count, const float *p, float bound) {
+// Candidates of one query.
+struct Candidates {
+  float *distances;
+  int32_t *rows;
+};
+
+// Those of the first `count` that lie within `bound` of p, and infinity in kSplit places after them; how many.
+inline int64_t candidates_within(const SearchSpace &space, int64_t count, const float *p, float bound, const Candidates &near) {
   const Vec x = splat(p[0]), y = splat(p[1]), z = splat(p[2]), most = splat(bound);
   const float *const xs = space.coord[0], *const ys = space.coord[1], *const zs = space.coord[2];
-  float *const distances = space.distances;
-  int32_t *const rows = space.near_rows;
+  const int32_t *const from = space.rows;
+  float *const distances = near.distances;
+  int32_t *const rows = near.rows;
   int64_t found = 0;
   for (int64_t i = 0; i < count; i += kWidth) {
     const Vec dx = load(xs + i) - x, dy = load(ys + i) - y, dz = load(zs + i) - z;
     const Vec d = (dx * dx + dy * dy) + dz * dz;
     const Packing packing(at_most(d, most));
     store(distances + found, packing(d));
-    store(rows + found, packing(load(space.rows + i)));
+    store(rows + found, packing(load(from + i)));
     found += packing.count;
   }
   for (int64_t i = 0; i < kSplit; i += kWidth) store(distances + found + i, splat(INFINITY));
   return found;
+}
+
+// Leaves out the farthest of n candidates, more than kSplit, to have at least k and at most kSplit, all of those within a bound
+// that becomes smaller; how many are left. All, where such a bound is not found.
+inline int64_t leave_out(const Candidates &near, int64_t n, int64_t k, float &bound) {
+  float low = 0, high = bound, middle = bound * (0.5f * static_cast<float>(k + kSplit) / static_cast<float>(n));
+  for (int attempt = 0; attempt < 8; ++attempt, middle = 0.5f * (low + high)) {
+    const Vec most = splat(middle);
+    int64_t within = 0;
+    for (int64_t i = 0; i < n; i += kWidth) within += __builtin_popcount(at_most(load(near.distances + i), most));
+    if (within < k) {
+      low = middle;
+    } else if (within > kSplit) {
+      high = middle;
+    } else {
+      int64_t kept = 0;
+      for (int64_t i = 0; i < n; i += kWidth) {
+        const Vec d = load(near.distances + i);
+        const Packing packing(at_most(d, most));
+        const Int rows = load(near.rows + i);
+        store(near.distances + kept, packing(d));
+        store(near.rows + kept, packing(rows));
+        kept += packing.count;
+      }
+      for (int64_t i = 0; i < kSplit; i += kWidth) store(near.distances + kept + i, splat(INFINITY));
+      bound = middle;
+      return kept;
+    }
+  }
+  return n;
 }
 
 // How many of n distances are less than those of `Registers` registers from `first` on; with rows, or equal and of a smaller row.
@@ -304,65 +414,16 @@ struct Found {
   }
 };
 
-// The k nearest of n candidates within `bound`, k <= n <= kSplit: the `inner` nearest, then the others, in no order; nothing
-// here depends on n. They are told apart by levels, 2^15 of them up to the bound. Returns at least the distance of the k-th; -1,
-// and has put nothing, where candidates of one level lie on both sides of a border.
-inline float put_apart(const SearchSpace &space, float bound, const Found &found) {
-  static_assert(kSplit % (2 * kWidth) == 0, "whole registers");
-  constexpr int kRegisters = kSplit / (2 * kWidth);
-  constexpr float kLast = 32767;
-  const Vec scale = splat((kLast - 1) / bound), last = splat(kLast);
-  const auto level = [&](int64_t i) { return whole(smaller(load(space.distances + i) * scale, last)); };  // the last if NaN
-  alignas(64) int32_t twice[kSplit];
-  Short own[kRegisters], nearer[kRegisters] = {};
-  for (int r = 0; r < kRegisters; ++r) {
-    const Int low = level(2 * r * kWidth), high = level((2 * r + 1) * kWidth);
-    own[r] = narrow(low, high);
-    store(twice + 2 * r * kWidth, low << 16 | low);
-    store(twice + (2 * r + 1) * kWidth, high << 16 | high);
-  }
-  for (int64_t j = 0; j < kSplit; ++j) {
-    const Short other = reinterpret_cast<Short>(Int{} + twice[j]);
-    for (int r = 0; r < kRegisters; ++r) nearer[r] = count_less(nearer[r], other, own[r]);
-  }
-  const Short inner = Short{} + static_cast<int16_t>(found.queries.inner), k = Short{} + static_cast<int16_t>(found.k);
-  uint64_t first = 0, near = 0;
-  Short farthest{};
-  for (int r = 0; r < kRegisters; ++r) {
-    first |= static_cast<uint64_t>(less(nearer[r], inner)) << 2 * r * kWidth;
-    near |= static_cast<uint64_t>(less(nearer[r], k)) << 2 * r * kWidth;
-    const Short within = own[r] & (nearer[r] < k);
-    farthest = within > farthest ? within : farthest;
-  }
-  if (__builtin_popcountll(first) != found.queries.inner || __builtin_popcountll(near) != found.k) return -1;
-  int32_t rows[kSplit + kWidth];
-  int64_t count = 0;
-  const uint64_t sets[2] = {first, near & ~first};
-  for (const uint64_t set : sets) {
-    for (int64_t i = 0; i < kSplit; i += kWidth) {
-      const Packing packing(static_cast<uint32_t>(set >> i) & ((1u << kWidth) - 1));
-      store(rows + count, packing(load(space.near_rows + i)));
-      count += packing.count;
-    }
-  }
-  found.put(nullptr, rows, found.k);
-  return (static_cast<float>(largest(farthest)) + 2) * (bound / (kLast - 1));
-}
-
 // The nearest of n candidates, at most k. Like `search`, it returns the distance of the k-th, or infinity.
-inline float put_in_order(const SearchSpace &space, int64_t n, float bound, const Found &found) {
-  if (found.queries.inner && found.k <= n && n <= kSplit) {
-    const float radius = put_apart(space, bound, found);
-    if (radius >= 0) return radius;
-  }
+inline float put_in_order(const Candidates &near, int64_t n, const Found &found) {
   const int64_t kept = smaller(n, found.k);
-  const float *distances = space.distances;
-  const int32_t *rows = space.near_rows;
+  const float *distances = near.distances;
+  const int32_t *rows = near.rows;
   constexpr int64_t most = kMostRanked + 4 * kWidth;
   float sorted_distances[most];
   int32_t sorted_rows[most], rank[most];
   if (n > kMostRanked) {
-    sort_nearest(space.distances, space.near_rows, n, kept);
+    sort_nearest(near.distances, near.rows, n, kept);
   } else {
     const int32_t k = static_cast<int32_t>(found.k);
     if (!rank_by_distance(distances, nullptr, n, k, rank)) rank_by_distance(distances, rows, n, k, rank);
@@ -372,6 +433,105 @@ inline float put_in_order(const SearchSpace &space, int64_t n, float bound, cons
   found.put(distances, rows, kept);
   return kept == found.k ? distances[kept - 1] : INFINITY;
 }
+
+// Puts the short rows of a query, some lanes of a register at a time.
+#if PC3D_WIDTH == 16 && defined(__AVX512F__)
+class RowWriter {
+ public:
+  explicit RowWriter(const Found &found) : next_(found.queries.short_rows + found.start), first_(Int{} + static_cast<int32_t>(found.queries.first)) {}
+  void add(uint32_t lanes, Int rows) {
+    const Packing packing(lanes);
+    _mm512_mask_storeu_epi32(next_, static_cast<__mmask16>(first_lanes(packing.count)), reinterpret_cast<__m512i>(packing(rows) + first_));
+    next_ += packing.count;
+  }
+  void finish() const {}
+
+ private:
+  int32_t *next_;
+  Int first_;
+};
+#else
+class RowWriter {
+ public:
+  explicit RowWriter(const Found &found) : found_(found) {}
+  void add(uint32_t lanes, Int rows) {
+    const Packing packing(lanes);
+    store(rows_ + count_, packing(rows));
+    count_ += packing.count;
+  }
+  void finish() const { found_.put(nullptr, rows_, count_); }
+
+ private:
+  const Found &found_;
+  int64_t count_ = 0;
+  int32_t rows_[kSplit + kWidth];
+};
+#endif
+
+// Queries with candidates of which only the nearest are to be told from the others, many at once.
+struct Waiting {
+  const Queries &queries;
+  const SearchSpace &space;
+  int64_t count = 0;
+  int32_t query[kLists], candidates[kLists];
+  float bound[kLists];
+
+  Waiting(const Queries &queries, const SearchSpace &space) : queries(queries), space(space) {}
+  // Those of the next query.
+  Candidates next() const { return of(count); }
+  Candidates of(int64_t i) const { return {space.distances + i * kSplit, space.near_rows + i * kSplit}; }
+  // It has at least k and at most kSplit candidates, all within `within`.
+  void add(int32_t row, int64_t n, float within) {
+    query[count] = row, candidates[count] = static_cast<int32_t>(n), bound[count] = within;
+    if (++count == kLists) put();
+  }
+
+  // The `inner` nearest of each query, then the others of the k nearest, in no order; nothing here depends on how many candidates
+  // there are. They are told apart by levels, 2^15 of them up to the bound; where those of one level lie on both sides of a border,
+  // they are put in order.
+  void put() {
+    constexpr float kLast = 32767;
+    const int64_t inner = queries.inner, k = queries.k;
+    Short levels[kLists][kParts], sorted[kSplit + 1];
+    for (int64_t i = 0; i < count; ++i) {
+      const Vec scale = splat((kLast - 1) / bound[i]), last = splat(kLast);
+      const float *const distances = of(i).distances;
+      const auto level = [&](int64_t j) { return whole(smaller(load(distances + j) * scale, last)); };  // the last if NaN
+      for (int64_t part = 0; part < kParts; ++part) levels[i][part] = narrow(level(part * kLists), level(part * kLists + kWidth));
+    }
+    for (int64_t i = count; i < kLists; ++i)
+      for (Short &part : levels[i]) part = Short{};
+    lists_to_lanes(levels, sorted);
+    sort_lanes(sorted);
+    sorted[kSplit] = Short{} + static_cast<int16_t>(kLast);
+    int16_t innermost[kLists], nearest[kLists];
+    memcpy(innermost, sorted + inner - 1, sizeof innermost);
+    memcpy(nearest, sorted + k - 1, sizeof nearest);
+    const uint32_t apart = less(sorted[inner - 1], sorted[inner]) & less(sorted[k - 1], sorted[k]);
+    for (int64_t i = 0; i < count; ++i) {
+      const Found found(queries, query[i]);
+      if (apart >> i & 1)
+        split(levels[i], Short{} + innermost[i], Short{} + nearest[i], of(i).rows, found);
+      else
+        put_in_order(of(i), candidates[i], found);
+    }
+    count = 0;
+  }
+
+ private:
+  static void split(const Short *levels, Short innermost, Short nearest, const int32_t *candidates, const Found &found) {
+    uint64_t beyond_inner = 0, beyond = 0;
+    for (int64_t part = 0; part < kParts; ++part) {
+      beyond_inner |= static_cast<uint64_t>(less(innermost, levels[part])) << part * kLists;
+      beyond |= static_cast<uint64_t>(less(nearest, levels[part])) << part * kLists;
+    }
+    RowWriter writer(found);
+    const uint64_t sets[2] = {~beyond_inner, beyond_inner & ~beyond};
+    for (const uint64_t set : sets)
+      for (int64_t i = 0; i < kSplit; i += kWidth) writer.add(static_cast<uint32_t>(set >> i) & ((1u << kWidth) - 1), load(candidates + i));
+    writer.finish();
+  }
+};
 
 // The k nearest so far, ascending by distance, then row.
 struct Nearest {
@@ -449,8 +609,10 @@ void nearest(const PointTree &tree, const Queries &queries, int64_t begin, int64
   const float limit = queries.limit;
   const bool few = tree.points <= (k > kMostRanked ? k : kMostRanked);
   const auto point = [&](int64_t j) { return queries.coord + 3 * static_cast<int64_t>(queries.order[j]); };
-  float radius = limit;  // squared, to the k-th neighbour of the query before
+  float radius = limit;  // squared, about that to the k-th neighbour of the query before,
+  float most = limit;    // which is at most this
   const float *before = nullptr;
+  Waiting waiting(queries, space);
   for (int64_t j = begin; j < end;) {
     Box box(point(j));
     int64_t last = j + 1;
@@ -465,35 +627,45 @@ void nearest(const PointTree &tree, const Queries &queries, int64_t begin, int64
     if (count < 0) last = j + 1;
     for (bool wider = false; j < last; ++j) {
       const float *p = point(j);
+      const Candidates near = waiting.next();
       int64_t n = -1;
       float bound = limit;
       if (count >= 0) {
         bound = smaller(kNear * radius, wide);
-        n = candidates_within(space, count, p, bound);
-        if (n < k && bound < wide) bound = wide, n = candidates_within(space, count, p, bound);
+        n = candidates_within(space, count, p, bound, near);
+        if (n < k && bound < wide) bound = wide, n = candidates_within(space, count, p, bound, near);
         if (n < k && !wider && wide < limit && last - j > 2) {  // the points got sparser: once more, for all that are left
           wider = true, bound = wide = smaller(kWider * wide, limit);
           count = gather(tree, box, wide, space);
-          n = count < 0 ? count : candidates_within(space, count, p, bound);
+          n = count < 0 ? count : candidates_within(space, count, p, bound, near);
         }
+      }
+      float reached = limit;
+      if (n < k && wide < limit && before) {  // the neighbours of the query before are within its radius and the way from it
+        const double x = static_cast<double>(p[0]) - before[0], y = static_cast<double>(p[1]) - before[1], z = static_cast<double>(p[2]) - before[2];
+        const double reach = sqrt(static_cast<double>(most)) + sqrt(x * x + y * y + z * z);
+        reached = smaller(static_cast<float>(reach * reach * 1.0001) + 1e-37f, limit);  // rounding included
+        last = j + 1;  // the others are likely to need more candidates too
+        bound = wide = reached;
+        count = reached < kFarthest ? gather(tree, Box(p), wide, space) : -1;
+        n = count < 0 ? count : candidates_within(space, count, p, bound, near);
       }
       if (j + 1 < last) Found(queries, queries.order[j + 1]).prefetch();
       const Found found(queries, queries.order[j]);
-      if (n >= k || (count >= 0 && wide == limit)) {
-        radius = smaller(put_in_order(space, n, bound, found), limit);
-      } else {  // the neighbours of the query before are within its radius and the way from it
-        double reach = INFINITY;
-        if (before) {
-          const double x = static_cast<double>(p[0]) - before[0], y = static_cast<double>(p[1]) - before[1], z = static_cast<double>(p[2]) - before[2];
-          reach = sqrt(static_cast<double>(radius)) + sqrt(x * x + y * y + z * z);
-        }
-        const float reached = static_cast<float>(reach * reach * 1.0001) + 1e-37f;  // rounding included
-        radius = smaller(search(tree, p, smaller(limit, reached), space, found), limit);
-        last = j + 1;  // the others are likely to need more candidates too
+      if (queries.inner && n > kSplit) n = leave_out(near, n, k, bound);
+      if (queries.inner && n >= k && n <= kSplit) {
+        waiting.add(queries.order[j], n, bound);
+        most = bound, radius = bound * static_cast<float>(k) / static_cast<float>(n);
+      } else if (n >= k || (count >= 0 && wide == limit)) {
+        radius = most = smaller(put_in_order(near, n, found), limit);
+      } else {
+        radius = most = smaller(search(tree, p, reached, space, found), limit);
+        last = j + 1;
       }
       before = p;
     }
   }
+  waiting.put();
 }
 
 // The largest of kFan distances, and the smallest row that has it.
@@ -740,17 +912,24 @@ void across_line(const double m[3][3], double *v) {
 // Unit eigenvectors of the smallest eigenvalues of symmetric matrices [xx xy xz yy yz zz].
 //
 // Without its mean, a matrix has the eigenvalues p t of t^3 - 3 t = det / p^3; the smallest t is -1 - s, where s in [0, 1] is
-// the root of s^3 + 3 s^2 = 2 - det / p^3. Newton's method, from nearby, has all digits after three steps. The eigenvector is
-// across two rows of the matrix less its eigenvalue: of those that are the least parallel.
+// the root of s^3 + 3 s^2 = 2 - det / p^3. A polynomial in the root of the right side is within 2e-6 of s, and Halley's method has
+// all digits after one step from there. The eigenvector is across two rows of the matrix less its eigenvalue: of those that are
+// the least parallel.
 void smallest_eigenvectors(const Real *m, Real *v) {
-  const Real mean = (m[0] + m[3] + m[5]) / 3.0, xx = m[0] - mean, yy = m[3] - mean, zz = m[5] - mean;
-  const Real square = (xx * xx + yy * yy + zz * zz + 2.0 * (m[1] * m[1] + m[2] * m[2] + m[4] * m[4])) / 6.0, p = root(square);
+  constexpr double kStart[6] = {0.5773493858212736, -0.05552181748893188, 0.013150113804338876,
+                                -0.003591892197881382, 0.0007934144150605665, -8.957391385874319e-05};
+  const Real mean = (m[0] + m[3] + m[5]) * (1 / 3.0), xx = m[0] - mean, yy = m[3] - mean, zz = m[5] - mean;
+  const Real square = (xx * xx + yy * yy + zz * zz + 2.0 * (m[1] * m[1] + m[2] * m[2] + m[4] * m[4])) * (1 / 6.0), p = root(square);
   const Real det = xx * (yy * zz - m[4] * m[4]) - m[1] * (m[1] * zz - m[4] * m[2]) + m[2] * (m[1] * m[4] - yy * m[2]);
   Real right = 2.0 - det / (p * square);
   right = right > 0.0 ? right : Real{};  // NaN, too
   right = right < 4.0 ? right : Real{} + 4.0;
-  Real s = root(right / (3.0 + 0.5 * root(right)));
-  for (int step = 0; step < 3; ++step) s -= (s * s * (s + 3.0) - right) / (3.0 * s * (s + 2.0) + 1e-300);
+  const Real q = root(right);
+  Real s = Real{} + kStart[5];
+  for (int power = 4; power >= 0; --power) s = s * q + kStart[power];
+  s *= q;
+  const Real error = s * s * (s + 3.0) - right, slope = 3.0 * s * (s + 2.0);
+  s -= error * slope / (slope * slope - error * (3.0 * s + 3.0) + 1e-300);
   const Real lowest = -p * (1.0 + s);
   const Real rows[3][3] = {{xx - lowest, m[1], m[2]}, {m[1], yy - lowest, m[4]}, {m[2], m[4], zz - lowest}};
   Real best = {};
@@ -763,8 +942,8 @@ void smallest_eigenvectors(const Real *m, Real *v) {
     best = more ? size : best, v[0] = more ? x : v[0], v[1] = more ? y : v[1], v[2] = more ? z : v[2];
   }
   const Choice parallel = !(best > 1e-20 * square * square);
-  const Real length = root(best);
-  for (int axis = 0; axis < 3; ++axis) v[axis] /= length;
+  const Real scale = 1.0 / root(best);
+  for (int axis = 0; axis < 3; ++axis) v[axis] *= scale;
   for (int64_t lane = 0; lane < kLanes; ++lane) {
     if (!parallel[lane]) continue;
     double alone[3][3], found[3];
@@ -843,8 +1022,8 @@ void normals(const float *coord, const int32_t *neighbours, int64_t k, const flo
       sx += x, sy += y, sz += z;
       xx += x * x, xy += x * y, xz += x * z, yy += y * y, yz += y * z, zz += z * z;
     }
-    const Real m[6] = {xx - sx * sx / count, xy - sx * sy / count, xz - sx * sz / count,
-                       yy - sy * sy / count, yz - sy * sz / count, zz - sz * sz / count};
+    const Real share = 1.0 / count, mx = sx * share, my = sy * share, mz = sz * share;
+    const Real m[6] = {xx - sx * mx, xy - sx * my, xz - sx * mz, yy - sy * my, yz - sy * mz, zz - sz * mz};
     Real v[3], toward{};
     smallest_eigenvectors(m, v);
     for (int axis = 0; axis < 3; ++axis) toward += v[axis] * (static_cast<double>(center[axis]) - here[axis]);
