@@ -11,6 +11,7 @@ namespace pc3d {
 namespace {
 
 constexpr int kMostAxisBits = 14;
+constexpr int kCoarseBits = 33;  // three passes of a sort; what they leave together is seldom more than a few points
 
 inline uint64_t spread(uint64_t v) {  // the low 16 bits, two zeros between each
   v = (v | v << 16) & 0x0000FF0000FF;
@@ -72,7 +73,12 @@ Buffer<int32_t> curve_order(const float *coord, int64_t rows) {
     std::iota(order.begin(), order.end(), 0);
     return order;
   }
-  radix_sort(items, 3 * axis_bits, row_bits);
+  const int fine_bits = std::max(3 * axis_bits - kCoarseBits, 0);
+  radix_sort(items, 3 * axis_bits - fine_bits, row_bits + fine_bits);
+  for (int64_t begin = 0, end = 0; begin < rows; begin = end) {
+    while (end < rows && items[end].key(row_bits + fine_bits) == items[begin].key(row_bits + fine_bits)) ++end;
+    if (end - begin > 1) std::sort(items.data() + begin, items.data() + end, [](PackedRow a, PackedRow b) { return a.word < b.word; });
+  }
   for (int64_t i = 0; i < rows; ++i) order[i] = static_cast<int32_t>(items[i].row(row_bits));
   for (int64_t begin = 0, end = 0; begin < rows; begin = end) {
     while (end < rows && items[end].key(row_bits) == items[begin].key(row_bits)) ++end;

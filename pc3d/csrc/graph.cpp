@@ -161,6 +161,7 @@ class Components {
     while (__builtin_expect(parents[at] != at, 0)) at = parents[at] = parents[parents[at]];
     return parents[point] = at;
   }
+  void prefetch(int32_t root) const { __builtin_prefetch(parts_.data() + root); }
   Part &operator[](int32_t root) { return parts_[root]; }
   int32_t join(int32_t a, int32_t b) {
     if (parts_[a].size < parts_[b].size) std::swap(a, b);
@@ -229,7 +230,10 @@ class EdgeQueue {
       int32_t keys[kMostRanked + kRankedTogether], ranks[kMostRanked + kRankedTogether], order[kMostRanked];
       for (int64_t i = 0; i < count; ++i) keys[i] = static_cast<int32_t>((ascending_key(first[i].weight) - low) * kMostRanked + i);
       find_ranks(keys, count, ranks);
-      for (int64_t i = 0; i < count; ++i) order[ranks[i]] = static_cast<int32_t>(i);
+      for (int64_t i = 0; i < count; ++i) {
+        order[ranks[i]] = static_cast<int32_t>(i);
+        components.prefetch(first[i].edge.a), components.prefetch(first[i].edge.b);
+      }
       for (int64_t i = 0; i < count; ++i) take_one(first[order[i]]);
       return;
     }
@@ -242,7 +246,7 @@ class EdgeQueue {
 
  private:
   static constexpr int64_t kAhead = 8;
-  static constexpr int kShift = 18;  // 128 buckets for each power of two; less than 2^-31 of the largest shares the first
+  static constexpr int kShift = 18;  // 32 buckets for each power of two; less than 2^-31 of the largest shares the first
   static constexpr int64_t kMostRanked = 256;
   static constexpr uint32_t kRankedRange = uint32_t{1} << 23;  // what fits keys of 31 bits beside a place
   struct Item {

@@ -8,6 +8,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstring>
@@ -287,16 +288,22 @@ void normals(Array<const float, 2> coord, Array<const int64_t, 1> offsets, Array
   if (coord.shape(1) != 3 || out.shape(1) != 3 || static_cast<int64_t>(neighbours.shape(0)) != rows || static_cast<int64_t>(out.shape(0)) != rows ||
       centers.shape(0) + 1 != offsets.shape(0) || centers.shape(1) != 3)
     throw std::invalid_argument("points, neighbours, centres and results do not fit each other");
-  if (!inside_or_negative(neighbours.data(), rows * k, rows)) throw std::invalid_argument("a neighbour is a point that does not exist");
-  nb::gil_scoped_release release;
-  const Buffer<float> points = in_fours(coord.data(), rows);
-  for (int64_t cloud = 0; cloud < static_cast<int64_t>(centers.shape(0)); ++cloud) {
-    const int64_t first = offsets.data()[cloud], last = offsets.data()[cloud + 1];
-    parallel_tasks((last - first + kNormalBlock - 1) / kNormalBlock, [&](int64_t task) {
-      const int64_t begin = first + task * kNormalBlock;
-      kernels.normals(points.data(), neighbours.data(), k, centers.data() + 3 * cloud, begin, std::min(begin + kNormalBlock, last), out.data());
-    });
+  std::atomic<bool> known = true;
+  {
+    nb::gil_scoped_release release;
+    const Buffer<float> points = in_fours(coord.data(), rows);
+    for (int64_t cloud = 0; cloud < static_cast<int64_t>(centers.shape(0)); ++cloud) {
+      const int64_t first = offsets.data()[cloud], last = offsets.data()[cloud + 1];
+      parallel_tasks((last - first + kNormalBlock - 1) / kNormalBlock, [&](int64_t task) {
+        const int64_t begin = first + task * kNormalBlock, end = std::min(begin + kNormalBlock, last);
+        if (inside_or_negative(neighbours.data() + begin * k, (end - begin) * k, rows))
+          kernels.normals(points.data(), neighbours.data(), k, centers.data() + 3 * cloud, begin, end, out.data());
+        else
+          known = false;
+      });
+    }
   }
+  if (!known) throw std::invalid_argument("a neighbour is a point that does not exist");
 }
 
 nb::object edge_weights(Array<const float, 2> coord, Array<const float, 2> normal, Array<const int32_t, 2> edges, const std::string &isa) {
@@ -304,16 +311,20 @@ nb::object edge_weights(Array<const float, 2> coord, Array<const float, 2> norma
   const int64_t rows = coord.shape(0), count = edges.shape(0);
   if (coord.shape(1) != 3 || normal.shape(1) != 3 || static_cast<int64_t>(normal.shape(0)) != rows || edges.shape(1) != 2)
     throw std::invalid_argument("points, normals and edges do not fit each other");
-  if (!inside(edges.data(), 2 * count, rows)) throw std::invalid_argument("an edge names a point outside 0.." + std::to_string(rows - 1));
+  std::atomic<bool> known = true;
   Buffer<float> weights(count);
   {
     nb::gil_scoped_release release;
     const Buffer<float> points = in_fours(coord.data(), rows), normals = in_fours(normal.data(), rows);
     parallel_tasks((count + kEdgeBlock - 1) / kEdgeBlock, [&](int64_t task) {
-      const int64_t begin = task * kEdgeBlock;
-      kernels.edge_weights(points.data(), normals.data(), edges.data(), begin, std::min(begin + kEdgeBlock, count), weights.data());
+      const int64_t begin = task * kEdgeBlock, end = std::min(begin + kEdgeBlock, count);
+      if (inside(edges.data() + 2 * begin, 2 * (end - begin), rows))
+        kernels.edge_weights(points.data(), normals.data(), edges.data(), begin, end, weights.data());
+      else
+        known = false;
     });
   }
+  if (!known) throw std::invalid_argument("an edge names a point outside 0.." + std::to_string(rows - 1));
   return to_torch(std::move(weights));
 }
 

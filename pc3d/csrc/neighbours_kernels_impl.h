@@ -490,6 +490,7 @@ struct Waiting {
   // there are. They are told apart by levels, 2^15 of them up to the bound; where those of one level lie on both sides of a border,
   // they are put in order.
   void put() {
+    if (!count) return;
     constexpr float kLast = 32767;
     const int64_t inner = queries.inner, k = queries.k;
     Short levels[kLists][kParts], sorted[kSplit + 1];
@@ -800,6 +801,30 @@ inline void put_ascending(const int32_t *values, int64_t row, RowPair *out, Eigh
   for (int j = 0; j < 8 * Registers; ++j) out[ranks[j]] = {static_cast<int32_t>(row), values[j]};
 }
 
+#if PC3D_WIDTH == 16 && defined(__AVX512F__)
+// Puts (row, value) of the first n values in ascending order; whether they differ.
+inline bool put_sixteen(Int values, int64_t n, int64_t row, RowPair *out) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  __m512i v = reinterpret_cast<__m512i>(values);
+  const auto order = [&](int across, uint32_t upper) {  // each lane with lane ^ across; the upper of them gets the larger
+    const __m512i other = _mm512_permutexvar_epi32(_mm512_xor_si512(lane, _mm512_set1_epi32(across)), v);
+    v = _mm512_mask_max_epi32(_mm512_min_epi32(v, other), static_cast<__mmask16>(upper), v, other);
+  };
+  order(1, 0xAAAA);
+  order(3, 0xCCCC), order(1, 0xAAAA);
+  order(7, 0xF0F0), order(2, 0xCCCC), order(1, 0xAAAA);
+  if (n > 8) order(15, 0xFF00), order(4, 0xF0F0), order(2, 0xCCCC), order(1, 0xAAAA);
+  const __m512i next = _mm512_permutexvar_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(1)), v);
+  const __m512i rows = _mm512_set1_epi64(row);
+  const auto put = [&](__m256i larger, int64_t first) {
+    _mm512_mask_storeu_epi64(out + first, static_cast<__mmask8>(first_lanes(n - first)), _mm512_or_si512(_mm512_slli_epi64(_mm512_cvtepi32_epi64(larger), 32), rows));
+  };
+  put(_mm512_castsi512_si256(v), 0);
+  if (n > 8) put(_mm512_extracti64x4_epi64(v, 1), 8);
+  return !(_mm512_cmpeq_epi32_mask(v, next) & (first_lanes(n) >> 1));
+}
+#endif
+
 // The larger rows in the list of row i, and those in [other, last); how many. INT32_MAX in the
 // places after them, up to a multiple of 16.
 inline int64_t collect(const RowLists &lists, int64_t i, const int32_t *other, const int32_t *last, int32_t *values) {
@@ -840,11 +865,19 @@ bool pairs(const RowLists &lists, const int32_t *others, const int64_t *starts, 
   RowPair spare[kMost + 1];
   Eight ranks{};
   int64_t expected = 0;
+  bool repeated = false;
   for (int64_t i = begin; i < end; ++i) {
     const int32_t *other = others + starts[i], *const last = others + starts[i + 1];
     int64_t n = 0;
     if (distinct && lists.count + (last - other) <= kMost) {
       n = collect(lists, i, other, last, values);
+#if PC3D_WIDTH == 16 && defined(__AVX512F__)
+      if (n <= kWidth) {
+        repeated |= !put_sixteen(load(values), n, i, out);
+        out += n;
+        continue;
+      }
+#endif
       RowPair *const to = out + n < out_end ? out : spare;
       const int64_t lanes = n <= 8 ? 8 : n <= 16 ? 16 : kMost;
       if (lanes == 8) put_ascending<1>(values, i, to, ranks);
@@ -863,7 +896,7 @@ bool pairs(const RowLists &lists, const int32_t *others, const int64_t *starts, 
     out += n;
   }
   for (int lane = 0; lane < 8; ++lane) expected -= ranks[lane];
-  return expected == 0;
+  return expected == 0 && !repeated;
 }
 
 constexpr int64_t kLanes = kWidth / 2;  // points whose normals are found together
@@ -998,39 +1031,58 @@ void edge_weights(const float *coord, const float *normal, const int32_t *edges,
   }
 }
 
-void normals(const float *coord, const int32_t *neighbours, int64_t k, const float *center, int64_t begin, int64_t end, float *out) {
-  for (int64_t i = begin; i < end; i += kLanes) {
-    const float *own[kLanes], *near[kLanes];
-    const int32_t *found[kLanes];
-    int64_t counts[kLanes], least = k, most = 0;
-    Real count{}, here[3], there[3];
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      const int64_t point = smaller(i + lane, end - 1);
-      own[lane] = coord + 4 * point, found[lane] = neighbours + point * k;
-      for (counts[lane] = k; counts[lane] > 0 && found[lane][counts[lane] - 1] < 0;) --counts[lane];
-      count[lane] = static_cast<double>(counts[lane] ? counts[lane] : 1);
-      least = smaller(least, counts[lane]);
-      most = counts[lane] > most ? counts[lane] : most;
-    }
-    load_points(own, here);
-    Real sx{}, sy{}, sz{}, xx{}, xy{}, xz{}, yy{}, yz{}, zz{};
-    for (int64_t j = 0; j < most; ++j) {
-      for (int64_t lane = 0; lane < kLanes; ++lane)  // a point itself adds nothing
-        near[lane] = j < least || j < counts[lane] ? coord + 4 * static_cast<int64_t>(found[lane][j]) : own[lane];
-      load_points(near, there);
-      const Real x = there[0] - here[0], y = there[1] - here[1], z = there[2] - here[2];
-      sx += x, sy += y, sz += z;
-      xx += x * x, xy += x * y, xz += x * z, yy += y * y, yz += y * z, zz += z * z;
-    }
-    const Real share = 1.0 / count, mx = sx * share, my = sy * share, mz = sz * share;
-    const Real m[6] = {xx - sx * mx, xy - sx * my, xz - sx * mz, yy - sy * my, yz - sy * mz, zz - sz * mz};
-    Real v[3], toward{};
-    smallest_eigenvectors(m, v);
-    for (int axis = 0; axis < 3; ++axis) toward += v[axis] * (static_cast<double>(center[axis]) - here[axis]);
-    for (int64_t lane = 0; lane < smaller(kLanes, end - i); ++lane)
-      for (int axis = 0; axis < 3; ++axis)
-        out[3 * (i + lane) + axis] = static_cast<float>(toward[lane] < 0 ? -v[axis][lane] : v[axis][lane]);
+// Of points [i, end), at most kLanes of them, or as many if `Whole`. `Count` is k, or 0.
+template <int64_t Count, bool Whole>
+inline void normals_together(const float *coord, const int32_t *neighbours, int64_t k, const float *center, int64_t i, int64_t end, float *out) {
+  const auto point = [&](int64_t lane) { return Whole ? i + lane : smaller(i + lane, end - 1); };
+  const auto list = [&](int64_t lane) { return neighbours + point(lane) * (Count ? Count : k); };
+  const float *own[kLanes], *near[kLanes];
+  int64_t counts[kLanes], least = k, most = 0;
+  Real count{}, here[3], there[3];
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    own[lane] = coord + 4 * point(lane);
+    for (counts[lane] = k; counts[lane] > 0 && list(lane)[counts[lane] - 1] < 0;) --counts[lane];
+    count[lane] = static_cast<double>(counts[lane] ? counts[lane] : 1);
+    least = smaller(least, counts[lane]);
+    most = counts[lane] > most ? counts[lane] : most;
   }
+  load_points(own, here);
+  Real sx{}, sy{}, sz{}, xx{}, xy{}, xz{}, yy{}, yz{}, zz{};
+  const auto add_near = [&] {
+    load_points(near, there);
+    const Real x = there[0] - here[0], y = there[1] - here[1], z = there[2] - here[2];
+    sx += x, sy += y, sz += z;
+    xx += x * x, xy += x * y, xz += x * z, yy += y * y, yz += y * z, zz += z * z;
+  };
+  for (int64_t j = 0; j < least; ++j) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) near[lane] = coord + 4 * static_cast<int64_t>(list(lane)[j]);
+    add_near();
+  }
+  for (int64_t j = least; j < most; ++j) {
+    for (int64_t lane = 0; lane < kLanes; ++lane)  // a point itself adds nothing
+      near[lane] = j < counts[lane] ? coord + 4 * static_cast<int64_t>(list(lane)[j]) : own[lane];
+    add_near();
+  }
+  const Real share = 1.0 / count, mx = sx * share, my = sy * share, mz = sz * share;
+  const Real m[6] = {xx - sx * mx, xy - sx * my, xz - sx * mz, yy - sy * my, yz - sy * mz, zz - sz * mz};
+  Real v[3], toward{};
+  smallest_eigenvectors(m, v);
+  for (int axis = 0; axis < 3; ++axis) toward += v[axis] * (static_cast<double>(center[axis]) - here[axis]);
+  for (int64_t lane = 0; lane < kLanes && i + lane < end; ++lane)
+    for (int axis = 0; axis < 3; ++axis)
+      out[3 * (i + lane) + axis] = static_cast<float>(toward[lane] < 0 ? -v[axis][lane] : v[axis][lane]);
+}
+
+template <int64_t Count>
+void normals_of(const float *coord, const int32_t *neighbours, int64_t k, const float *center, int64_t begin, int64_t end, float *out) {
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) normals_together<Count, true>(coord, neighbours, k, center, i, end, out);
+  if (i < end) normals_together<Count, false>(coord, neighbours, k, center, i, end, out);
+}
+
+void normals(const float *coord, const int32_t *neighbours, int64_t k, const float *center, int64_t begin, int64_t end, float *out) {
+  if (k == 16) return normals_of<16>(coord, neighbours, k, center, begin, end, out);
+  normals_of<0>(coord, neighbours, k, center, begin, end, out);
 }
 
 }  // namespace PC3D_ISA

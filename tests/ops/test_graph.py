@@ -362,6 +362,17 @@ def test_canonical_order_and_edges_equal_the_reference() -> None:
     assert graph._distinct_edges(edges[:0], place[:0]).shape == (0, 2)
 
 
+def test_canonical_order_of_points_that_are_close_beside_one_that_is_far() -> None:
+    """Cells of the curve that differ only in their last bits, with points that share them."""
+    generator = torch.Generator().manual_seed(0)
+    close = torch.randint(0, 16, (1000, 3), generator=generator) + 0.5 * torch.rand(1000, 3, generator=generator)
+    coord = torch.cat([close, torch.tensor([[0.0, 0.0, 0.0], [16383.0, 0.0, 0.0]])])
+    offsets = torch.tensor([0, len(coord)])
+    ordered = graph._in_canonical_order(coord, offsets)
+    with use_backend("reference"):
+        assert all(map(torch.equal, ordered[:2], graph._in_canonical_order(coord, offsets)[:2]))
+
+
 def test_coordinates_that_are_not_finite_are_refused() -> None:
     coord = torch.tensor([[0.0, 0, 0], [math.nan, 0, 0]])
     with pytest.raises(ValueError, match="coordinates that are not finite"):

@@ -30,10 +30,11 @@ def _clouds(kind: str, counts: list[int], seed: int = 0) -> Tensor:
         "plane": points * torch.tensor([1.0, 1.0, 0.0]),
         "far": points * 1e-3 + 1e6,
         "wide": points * 1e12,
+        "uneven": points * 10 ** (6 * torch.rand(total, 1, generator=generator) - 6),
     }[kind]
 
 
-KINDS = ["random", "grid", "equal", "plane", "far", "wide"]
+KINDS = ["random", "grid", "equal", "plane", "far", "wide", "uneven"]
 
 
 @pytest.mark.parametrize("radius", [math.inf, 0.7])
@@ -125,7 +126,7 @@ def test_rows_alone_are_those_of_knn() -> None:
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "scan"])
-@pytest.mark.parametrize(("k", "inner"), [(16, 11), (16, 16), (16, 1), (11, 11), (40, 7)])
+@pytest.mark.parametrize(("k", "inner"), [(16, 11), (16, 16), (16, 1), (11, 11), (31, 20), (32, 7), (40, 7)])
 def test_the_inner_rows_come_first(kind: str, k: int, inner: int) -> None:
     kernels = cpu_kernels()
     if kernels is None:
