@@ -915,6 +915,16 @@ inline Real wide(Half v) {
 #endif
 }
 
+inline Half narrow(Real v) {
+#if PC3D_WIDTH == 16 && defined(__AVX512F__)
+  return _mm512_cvtpd_ps(v);
+#elif PC3D_WIDTH == 8 && defined(__AVX2__)
+  return _mm256_cvtpd_ps(v);
+#else
+  return __builtin_convertvector(v, Half);
+#endif
+}
+
 inline Real root(Real v) {
 #if PC3D_WIDTH == 16 && defined(__AVX512F__)
   return _mm512_sqrt_pd(v);
@@ -1068,9 +1078,12 @@ inline void normals_together(const float *coord, const int32_t *neighbours, int6
   Real v[3], toward{};
   smallest_eigenvectors(m, v);
   for (int axis = 0; axis < 3; ++axis) toward += v[axis] * (static_cast<double>(center[axis]) - here[axis]);
+  Half axes[3];
+  for (int axis = 0; axis < 3; ++axis) axes[axis] = narrow(toward < 0.0 ? -v[axis] : v[axis]);
+  float found[3][kLanes];
+  memcpy(found, axes, sizeof found);
   for (int64_t lane = 0; lane < kLanes && i + lane < end; ++lane)
-    for (int axis = 0; axis < 3; ++axis)
-      out[3 * (i + lane) + axis] = static_cast<float>(toward[lane] < 0 ? -v[axis][lane] : v[axis][lane]);
+    for (int axis = 0; axis < 3; ++axis) out[3 * (i + lane) + axis] = found[axis][lane];
 }
 
 template <int64_t Count>
