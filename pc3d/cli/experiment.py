@@ -37,6 +37,8 @@ from pc3d.tasks.segmentation import SemanticSegmentation
 
 # Options of one call, not of the experiment: a saved config does not hold them, so nothing is resumed by accident.
 CALL_OPTIONS = ("config", "ckpt_path", "init_from", "run_dir", "trust")
+# Of the trainer: the others have a model whose inputs are not float32.
+PRECISIONS = ("32-true", "32", "16-mixed", "16", "bf16-mixed", "bf16")
 
 
 class Experiment(LightningCLI):
@@ -95,6 +97,11 @@ class Experiment(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         given = self.config_init["trainer"]
+        if given["precision"] is not None and str(given["precision"]) not in PRECISIONS:
+            raise InputError(
+                f"config: trainer.precision: {given['precision']} is not for point clouds: coordinates stay float32 "
+                f"(possible: {', '.join(PRECISIONS)})"
+            )
         if given["logger"] in (None, True):
             kwargs["logger"] = self._loggers()
         callbacks: list[Callback] = given["callbacks"] or []

@@ -132,8 +132,8 @@ inline uint32_t less(Short a, Short b) {
 inline Int whole(Vec v) { return __builtin_convertvector(v, Int); }
 #endif
 
-constexpr int64_t kLists = 2 * kWidth;          // lists of kSplit numbers that are sorted together
-constexpr int64_t kParts = kSplit / kLists;     // registers of a list
+constexpr int64_t kLists = 2 * kWidth;       // lists of kSplit numbers that are sorted together
+constexpr int64_t kParts = kSplit / kLists;  // registers of a list
 static_assert(kSplit % kLists == 0 && kLists <= kMostWaiting, "whole registers");
 
 #if (PC3D_WIDTH == 16 && defined(__AVX512BW__)) || (PC3D_WIDTH == 8 && defined(__AVX2__))
@@ -604,7 +604,8 @@ float search(const PointTree &tree, const float *p, float limit, const SearchSpa
 }
 
 // Consecutive queries share their candidates: all points near the box of these queries, as near as the k-th neighbour of the
-// query before suggests. A query with k of them within what was searched has its neighbours; others are searched alone.
+// query before suggests. A query with k of them within what was searched has its neighbours; another one gets candidates of its
+// own, as far as its neighbours can be, or is searched alone.
 void nearest(const PointTree &tree, const Queries &queries, int64_t begin, int64_t end, const SearchSpace &space) {
   const int64_t k = queries.k;
   const float limit = queries.limit;

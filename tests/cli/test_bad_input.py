@@ -250,6 +250,8 @@ def test_a_missing_folder_is_named(folder_config: Path, tmp_path: Path, refused)
         (["--model.optimizer.lr", "-1"], "optimizer.lr is -1.0: it must not be negative"),
         (["--data.batch_size", "0"], "data.batch_size: 0 must be at least 1"),
         (["--trainer.accelerator", "gpuu"], "gpuu"),
+        (["--trainer.precision", "bf16-true"], "trainer.precision: bf16-true is not for point clouds"),
+        (["--trainer.precision", "64"], "trainer.precision: 64 is not for point clouds"),
         (["--config", "missing.yaml"], "missing.yaml: no such config file"),
         (["--config"], "no config: add --config FILE.yaml"),
         (["--run_dir", str(TINY)], "tiny.yaml: is a file"),
