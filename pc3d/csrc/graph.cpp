@@ -1,6 +1,5 @@
-// Graph segmentation on the CPU: edges of a mesh, and the merge of Felzenszwalb and Huttenlocher ("Efficient graph-based image
-// segmentation", IJCV 2004). Both are serial; everything else writes each result from one place, so nothing depends on the
-// number of threads.
+// Graph segmentation on the CPU: points along a curve, and the merge of Felzenszwalb and Huttenlocher ("Efficient graph-based
+// image segmentation", IJCV 2004), which is serial. The edges of the graph come from neighbours.cpp.
 #include <nanobind/stl/optional.h>
 
 #include <algorithm>
@@ -42,31 +41,6 @@ const Edge *as_edges(const Array<const int32_t, 2> &edges, int64_t rows) {
   if (edges.shape(1) != 2) throw std::invalid_argument("edges must be (M, 2)");
   if (!inside(edges.data(), edges.size(), rows)) throw std::invalid_argument("an edge names a point outside 0.." + std::to_string(rows - 1));
   return reinterpret_cast<const Edge *>(edges.data());
-}
-
-// Edges (smaller, larger) between different rows, each once and sorted; rows are numbered anew by `place`.
-nb::object distinct_edges(Array<const int32_t, 2> edges, Array<const int32_t, 1> place) {
-  const int64_t count = edges.shape(0), rows = place.shape(0);
-  const Edge *edge = as_edges(edges, rows);
-  const int row_bits = bit_length(static_cast<uint64_t>(rows));
-  Buffer<int32_t> ends;
-  {
-    nb::gil_scoped_release release;
-    Buffer<PackedRow> items(count);
-    int64_t kept = 0;
-    for (int64_t e = 0; e < count; ++e) {
-      const int64_t a = place.data()[edge[e].a], b = place.data()[edge[e].b];
-      items[kept] = PackedRow::make(static_cast<uint64_t>(std::min(a, b)), std::max(a, b), row_bits);
-      kept += a != b;
-    }
-    items.shrink(kept);
-    radix_sort(items, 2 * row_bits, 0);
-    PackedRow *end = std::unique(items.begin(), items.end(), [](PackedRow a, PackedRow b) { return a.word == b.word; });
-    ends = Buffer<int32_t>(2 * (end - items.begin()));
-    for (int64_t e = 0; e < ends.size() / 2; ++e)
-      ends[2 * e] = static_cast<int32_t>(items[e].key(row_bits)), ends[2 * e + 1] = static_cast<int32_t>(items[e].row(row_bits));
-  }
-  return to_torch(std::move(ends), 2);
 }
 
 // Rows of each cloud along its z curve; the place of each row in that order, and its points.
@@ -310,8 +284,6 @@ void merge(Array<const int32_t, 2> edges, Array<const float, 1> weights, double 
 }  // namespace
 
 void register_graph(nb::module_ &m) {
-  m.def("graph_distinct_edges", &distinct_edges, nb::arg("edges"), nb::arg("place"),
-        "Edges (smaller, larger) of place[edges], without loops, each once, sorted.");
   m.def("graph_sorted_rows", &sorted_rows, nb::arg("coord"), nb::arg("offsets"), nb::arg("order"), nb::arg("place"),
         nb::arg("sorted"), "Rows of each cloud along its z curve; the inverse of this order, and the points in it.");
   m.def("graph_merge", &merge, nb::arg("edges"), nb::arg("weights"), nb::arg("k"), nb::arg("min_size"), nb::arg("labels"),

@@ -1,4 +1,5 @@
-// Nearest neighbours and farthest point sampling on the CPU, exact; normals; edges between neighbours, and what normals say of them.
+// Nearest neighbours and farthest point sampling on the CPU, exact; normals; edges between neighbours or of a mesh, and what
+// normals say of them.
 //
 // The points of a cloud are sorted along a z curve and cut into leaves of a few points; leaves are gathered in nodes, and these
 // in nodes, each with its bounding box. Distances are (dx*dx + dy*dy) + dz*dz in float32, and so are the bounds of boxes:
@@ -45,6 +46,8 @@ void sort_nearest(float *distances, int32_t *rows, int64_t n, int64_t k) {
     rows[i] = static_cast<int32_t>(keys[i]);
   }
 }
+
+void sort_rows(int32_t *rows, int64_t n) { std::sort(rows, rows + n); }
 
 static bool same(RowPair a, RowPair b) { return a.smaller == b.smaller && a.larger == b.larger; }
 
@@ -328,6 +331,47 @@ nb::object edge_weights(Array<const float, 2> coord, Array<const float, 2> norma
   return to_torch(std::move(weights));
 }
 
+// Edges (smaller, larger) between different rows, each once and sorted; rows are numbered anew by `place`.
+nb::object distinct_edges(Array<const int32_t, 2> edges, Array<const int32_t, 1> place, const std::string &isa) {
+  const NeighbourKernels &kernels = find_kernels(usable(), isa);
+  const int64_t count = edges.shape(0), rows = place.shape(0);
+  if (edges.shape(1) != 2) throw std::invalid_argument("edges must be (M, 2)");
+  if (!inside(edges.data(), 2 * count, rows)) throw std::invalid_argument("an edge names a point outside 0.." + std::to_string(rows - 1));
+  if (!inside(place.data(), rows, rows)) throw std::invalid_argument("a place is outside 0.." + std::to_string(rows - 1));
+  Buffer<int32_t> ends;
+  {
+    nb::gil_scoped_release release;
+    Buffer<RowPair> moved(count);
+    std::vector<int64_t> starts(rows + 2);  // point i is at i + 2 while others are counted, at i + 1 until they are put
+    int64_t kept = 0;
+    for (int64_t e = 0; e < count; ++e) {
+      const int32_t a = place.data()[edges.data()[2 * e]], b = place.data()[edges.data()[2 * e + 1]];
+      moved[kept] = {std::min(a, b), std::max(a, b)};
+      kept += a != b;
+      starts[std::min(a, b) + 2] += a != b;
+    }
+    std::partial_sum(starts.begin(), starts.end(), starts.begin());
+    Buffer<int32_t> larger(kept);
+    for (int64_t e = 0; e < kept; ++e) larger[starts[moved[e].smaller + 1]++] = moved[e].larger;
+    const int64_t blocks = (rows + kPairBlock - 1) / kPairBlock;
+    std::vector<int64_t> found(blocks);
+    ends = Buffer<int32_t>(2 * kept);
+    RowPair *const pairs = reinterpret_cast<RowPair *>(ends.data());
+    parallel_tasks(blocks, [&](int64_t b) {
+      const int64_t begin = b * kPairBlock;
+      found[b] = kernels.put_distinct(larger.data(), starts.data(), begin, std::min(begin + kPairBlock, rows), pairs + starts[begin]);
+    });
+    int64_t total = 0;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const RowPair *const own = pairs + starts[b * kPairBlock];
+      std::copy(own, own + found[b], pairs + total);
+      total += found[b];
+    }
+    ends.shrink(2 * total);
+  }
+  return to_torch(std::move(ends), 2);
+}
+
 // Each pair of a point and another in its list once, (smaller, larger), sorted. Empty, and false in `complete`, where a list
 // does not fit RowLists.
 //
@@ -460,6 +504,8 @@ void register_neighbours(nb::module_ &m) {
         nb::arg("isa") = "", "Unit normals: direction of least spread of the neighbours of each row (-1 ends them), towards its cloud's centre.");
   m.def("neighbour_edges", &neighbour_edges, nb::arg("neighbours"), nb::arg("k"), nb::arg("isa") = "",
         "Undirected edges (smaller, larger), sorted, of the first k neighbours of each row other than itself.");
+  m.def("distinct_edges", &distinct_edges, nb::arg("edges"), nb::arg("place"), nb::arg("isa") = "",
+        "Edges (smaller, larger) of place[edges], without loops, each once, sorted.");
   m.def("edge_weights", &edge_weights, nb::arg("coord"), nb::arg("normal"), nb::arg("edges"), nb::arg("isa") = "",
         "1 - cosine of the normals, squared where the edge is convex, at least 0.");
   m.def("farthest_points", &farthest_points, nb::arg("coord"), nb::arg("offsets"), nb::arg("sampled"), nb::arg("starts"),

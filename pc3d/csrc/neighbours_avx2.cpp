@@ -8,7 +8,7 @@
 
 const pc3d::NeighbourKernels *pc3d::neighbour_kernels_avx2() {
   using namespace neighbours_avx2;
-  static const NeighbourKernels kernels{"avx2", &nearest, &farthest, &normals, &edge_weights, &one_way, &pairs};
+  static const NeighbourKernels kernels{"avx2", &nearest, &farthest, &normals, &edge_weights, &one_way, &pairs, &put_distinct};
   return &kernels;
 }
 #else

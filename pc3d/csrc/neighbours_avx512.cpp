@@ -8,7 +8,7 @@
 
 const pc3d::NeighbourKernels *pc3d::neighbour_kernels_avx512() {
   using namespace neighbours_avx512;
-  static const NeighbourKernels kernels{"avx512", &nearest, &farthest, &normals, &edge_weights, &one_way, &pairs};
+  static const NeighbourKernels kernels{"avx512", &nearest, &farthest, &normals, &edge_weights, &one_way, &pairs, &put_distinct};
   return &kernels;
 }
 #else

@@ -7,6 +7,6 @@
 
 const pc3d::NeighbourKernels *pc3d::neighbour_kernels_generic() {
   using namespace neighbours_generic;
-  static const NeighbourKernels kernels{"generic", &nearest, &farthest, &normals, &edge_weights, &one_way, &pairs};
+  static const NeighbourKernels kernels{"generic", &nearest, &farthest, &normals, &edge_weights, &one_way, &pairs, &put_distinct};
   return &kernels;
 }

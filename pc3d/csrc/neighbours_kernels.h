@@ -68,6 +68,8 @@ struct RowPair {
 
 // Puts them in ascending order; how many are there again.
 int64_t sort_pairs(RowPair *pairs, int64_t n);
+// Puts them in ascending order.
+void sort_rows(int32_t *rows, int64_t n);
 // Puts the k nearest of n first, ascending by distance, then row.
 void sort_nearest(float *distances, int32_t *rows, int64_t n, int64_t k);
 
@@ -90,6 +92,8 @@ struct NeighbourKernels {
   // hold: no pair is there twice.
   bool (*pairs)(const RowLists &lists, const int32_t *others, const int64_t *starts, int64_t begin, int64_t end, bool distinct, RowPair *out,
                 const RowPair *out_end);
+  // Pairs of points [begin, end) with their values, which point i has from starts[i] on, each once and ascending; how many.
+  int64_t (*put_distinct)(int32_t *values, const int64_t *starts, int64_t begin, int64_t end, RowPair *out);
 };
 
 const NeighbourKernels *neighbour_kernels_generic();

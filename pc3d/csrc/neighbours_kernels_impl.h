@@ -803,8 +803,8 @@ inline void put_ascending(const int32_t *values, int64_t row, RowPair *out, Eigh
 }
 
 #if PC3D_WIDTH == 16 && defined(__AVX512F__)
-// Puts (row, value) of the first n values in ascending order; whether they differ.
-inline bool put_sixteen(Int values, int64_t n, int64_t row, RowPair *out) {
+// Puts (row, value) of the first n values, each once and ascending; how many. INT32_MAX in the lanes after them.
+inline int64_t put_sixteen(Int values, int64_t n, int64_t row, RowPair *out) {
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   __m512i v = reinterpret_cast<__m512i>(values);
   const auto order = [&](int across, uint32_t upper) {  // each lane with lane ^ across; the upper of them gets the larger
@@ -815,14 +815,17 @@ inline bool put_sixteen(Int values, int64_t n, int64_t row, RowPair *out) {
   order(3, 0xCCCC), order(1, 0xAAAA);
   order(7, 0xF0F0), order(2, 0xCCCC), order(1, 0xAAAA);
   if (n > 8) order(15, 0xFF00), order(4, 0xF0F0), order(2, 0xCCCC), order(1, 0xAAAA);
-  const __m512i next = _mm512_permutexvar_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(1)), v);
+  const __m512i before = _mm512_permutexvar_epi32(_mm512_sub_epi32(lane, _mm512_set1_epi32(1)), v);
+  const uint32_t distinct = (_mm512_cmpneq_epi32_mask(v, before) | 1) & first_lanes(n);
+  const int64_t count = __builtin_popcount(distinct);
+  if (count < n) v = _mm512_maskz_compress_epi32(static_cast<__mmask16>(distinct), v);
   const __m512i rows = _mm512_set1_epi64(row);
   const auto put = [&](__m256i larger, int64_t first) {
-    _mm512_mask_storeu_epi64(out + first, static_cast<__mmask8>(first_lanes(n - first)), _mm512_or_si512(_mm512_slli_epi64(_mm512_cvtepi32_epi64(larger), 32), rows));
+    _mm512_mask_storeu_epi64(out + first, static_cast<__mmask8>(first_lanes(count - first)), _mm512_or_si512(_mm512_slli_epi64(_mm512_cvtepi32_epi64(larger), 32), rows));
   };
   put(_mm512_castsi512_si256(v), 0);
-  if (n > 8) put(_mm512_extracti64x4_epi64(v, 1), 8);
-  return !(_mm512_cmpeq_epi32_mask(v, next) & (first_lanes(n) >> 1));
+  if (count > 8) put(_mm512_extracti64x4_epi64(v, 1), 8);
+  return count;
 }
 #endif
 
@@ -874,7 +877,7 @@ bool pairs(const RowLists &lists, const int32_t *others, const int64_t *starts, 
       n = collect(lists, i, other, last, values);
 #if PC3D_WIDTH == 16 && defined(__AVX512F__)
       if (n <= kWidth) {
-        repeated |= !put_sixteen(load(values), n, i, out);
+        repeated |= put_sixteen(load(values), n, i, out) < n;
         out += n;
         continue;
       }
@@ -898,6 +901,34 @@ bool pairs(const RowLists &lists, const int32_t *others, const int64_t *starts, 
   }
   for (int lane = 0; lane < 8; ++lane) expected -= ranks[lane];
   return expected == 0 && !repeated;
+}
+
+int64_t put_distinct(int32_t *values, const int64_t *starts, int64_t begin, int64_t end, RowPair *out) {
+  constexpr int64_t kFew = 32;
+  const RowPair *const first = out;
+  for (int64_t i = begin; i < end; ++i) {
+    int32_t *const own = values + starts[i];
+    const int64_t n = starts[i + 1] - starts[i];
+#if PC3D_WIDTH == 16 && defined(__AVX512F__)
+    if (n <= kWidth) {
+      out += put_sixteen(reinterpret_cast<Int>(_mm512_mask_loadu_epi32(_mm512_set1_epi32(INT32_MAX), first_lanes(n), own)), n, i, out);
+      continue;
+    }
+#endif
+    if (n > kFew) {
+      sort_rows(own, n);
+    } else {
+      for (int64_t j = 1; j < n; ++j) {
+        const int32_t value = own[j];
+        int64_t to = j;
+        for (; to > 0 && own[to - 1] > value; --to) own[to] = own[to - 1];
+        own[to] = value;
+      }
+    }
+    for (int64_t j = 0; j < n; ++j)
+      if (j == 0 || own[j] != own[j - 1]) *out++ = {static_cast<int32_t>(i), own[j]};
+  }
+  return out - first;
 }
 
 constexpr int64_t kLanes = kWidth / 2;  // points whose normals are found together

@@ -343,7 +343,7 @@ def _distinct_edges(edges: Tensor, place: Tensor) -> Tensor:
     _check_edges(edges, size)
     kernels = cpu_kernels(edges, place)
     if kernels is not None:
-        return kernels.graph_distinct_edges(edges.int().contiguous(), place.int().contiguous())
+        return kernels.distinct_edges(edges.int().contiguous(), place.int().contiguous())
     place = place.long()
     low, high = torch.minimum(*place[edges].unbind(1)), torch.maximum(*place[edges].unbind(1))
     keys = (low * max(size, 1) + high)[low != high].unique()

@@ -362,6 +362,27 @@ def test_canonical_order_and_edges_equal_the_reference() -> None:
     assert graph._distinct_edges(edges[:0], place[:0]).shape == (0, 2)
 
 
+@pytest.mark.parametrize("rows", [1, 40, 9000])
+def test_distinct_edges_of_every_instruction_set_equal_the_reference(rows: int) -> None:
+    """From no edge of a point to hundreds, each up to many times, in both directions."""
+    kernels = cpu_kernels()
+    if kernels is None:
+        pytest.skip("the C++ extension is not built")
+    generator = torch.Generator().manual_seed(rows)
+    near = torch.randint(0, rows, (3 * rows, 1), generator=generator)
+    near = torch.cat([near, (near + torch.randint(-9, 10, near.shape, generator=generator)).clamp(0, rows - 1)], 1)
+    hub = torch.stack([torch.full((500,), rows // 2), torch.randint(0, rows, (500,), generator=generator)], 1)
+    edges = torch.cat([near, hub, near.flip(1), near[: rows // 2]])
+    place = torch.randperm(rows, generator=generator)
+    with use_backend("reference"):
+        expected = graph._distinct_edges(edges, place)
+    for isa in kernels.neighbour_isas():
+        assert torch.equal(kernels.distinct_edges(edges.int(), place.int(), isa).long(), expected), isa
+    for wrong, message in ((edges + rows, "an edge names a point"), (edges, "a place is outside")):
+        with pytest.raises(ValueError, match=message):
+            kernels.distinct_edges(wrong.int(), place.int() + (wrong is edges))
+
+
 def test_canonical_order_of_points_that_are_close_beside_one_that_is_far() -> None:
     """Cells of the curve that differ only in their last bits, with points that share them."""
     generator = torch.Generator().manual_seed(0)
