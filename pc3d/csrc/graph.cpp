@@ -37,12 +37,6 @@ void parallel_rows(int64_t rows, Row &&row) {
   });
 }
 
-const Edge *as_edges(const Array<const int32_t, 2> &edges, int64_t rows) {
-  if (edges.shape(1) != 2) throw std::invalid_argument("edges must be (M, 2)");
-  if (!inside(edges.data(), edges.size(), rows)) throw std::invalid_argument("an edge names a point outside 0.." + std::to_string(rows - 1));
-  return reinterpret_cast<const Edge *>(edges.data());
-}
-
 // Rows of each cloud along its z curve; the place of each row in that order, and its points.
 void sorted_rows(Array<const float, 2> coord, Array<const int64_t, 1> offsets, Array<int64_t, 1> order, Array<int32_t, 1> place,
                  Array<float, 2> sorted) {
@@ -78,18 +72,16 @@ float value_of(uint32_t key) {
   return value;
 }
 
-PC3D_CLONES uint32_t largest_key(const float *values, int64_t count) {
-  uint32_t largest = 0;
+// Raises `largest` to the largest key; how many values are NaN.
+PC3D_CLONES int64_t raise_largest_key(const float *values, int64_t count, uint32_t &largest) {
+  uint32_t most = largest;
+  int32_t missing = 0;
   for (int64_t i = 0; i < count; ++i) {
     const uint32_t key = ascending_key(values[i]);
-    largest = key > largest ? key : largest;
+    most = key > most ? key : most;
+    missing += values[i] != values[i];
   }
-  return largest;
-}
-
-PC3D_CLONES int64_t count_missing(const float *values, int64_t count) {
-  int64_t missing = 0;
-  for (int64_t i = 0; i < count; ++i) missing += values[i] != values[i];
+  largest = most;
   return missing;
 }
 
@@ -110,7 +102,7 @@ PC3D_CLONES void find_ranks(const int32_t *keys, int64_t count, int32_t *ranks) 
     Lanes low_rank{}, high_rank{};
     for (int64_t j = 0; j < count; ++j) {
       const Lanes other = Lanes{} + keys[j];
-      low_rank -= other < low, high_rank -= other < high;
+      low_rank = other < low ? low_rank + 1 : low_rank, high_rank = other < high ? high_rank + 1 : high_rank;
     }
     Lanes *rank = reinterpret_cast<Lanes *>(ranks + i);
     rank[0] = low_rank, rank[1] = high_rank;
@@ -155,52 +147,61 @@ class EdgeQueue {
  public:
   static constexpr int64_t kBuckets = 1024;
 
-  EdgeQueue(const Edge *edges, const float *weights, int64_t count) : items_(count), starts_(kBuckets + 1) {
-    const uint32_t last = largest_key(weights, count) >> kShift;
-    first_ = last < kBuckets ? 0 : last - (kBuckets - 1);
+  // Edges between `rows` points. A block of them is read while it is in the cache.
+  EdgeQueue(const int32_t *edges, const float *weights, int64_t count, int64_t rows) : items_(count), starts_(kBuckets + 1) {
+    const auto blocks = [&](auto &&run) {
+      for (int64_t begin = 0; begin < count; begin += kBlock) run(begin, std::min(begin + kBlock, count));
+    };
+    uint32_t largest = 0;
+    const int64_t missing = raise_largest_key(weights, count, largest);
+    if (missing) throw std::invalid_argument(std::to_string(missing) + " edge weights are NaN");
+    first_ = largest >> kShift < kBuckets ? 0 : (largest >> kShift) - (kBuckets - 1);
     Buffer<uint16_t> buckets(count);
-    find_buckets(weights, count, kShift, first_, buckets.data());
     std::fill(starts_.begin(), starts_.end(), 0);
     Buffer<int64_t> next(kBuckets);  // every other edge is counted here
     std::fill(next.begin(), next.end(), 0);
-    for (int64_t e = 0; e + 1 < count; e += 2) ++starts_[buckets[e] + 1], ++next[buckets[e + 1]];
-    if (count % 2) ++starts_[buckets[count - 1] + 1];
+    blocks([&](int64_t begin, int64_t end) {
+      find_buckets(weights + begin, end - begin, kShift, first_, buckets.data() + begin);
+      for (int64_t e = begin; e + 1 < end; e += 2) ++starts_[buckets[e] + 1], ++next[buckets[e + 1]];
+      if ((end - begin) % 2) ++starts_[buckets[end - 1] + 1];
+    });
     for (int64_t i = 0; i < kBuckets; ++i) {
       const int64_t other = next[i];
       next[i] = starts_[i];
       starts_[i + 1] += starts_[i] + other;
     }
-    for (int64_t e = 0; e < count; ++e) {
-      Item *const item = items_.data() + next[buckets[e]]++;
-      __builtin_prefetch(item + kAhead, 1);  // or the store would wait for memory
-      *item = {weights[e], edges[e]};
-    }
+    blocks([&](int64_t begin, int64_t end) {
+      if (!inside(edges + 2 * begin, 2 * (end - begin), rows))
+        throw std::invalid_argument("an edge names a point outside 0.." + std::to_string(rows - 1));
+      for (int64_t e = begin; e < end; ++e) {
+        Item *const item = items_.data() + next[buckets[e]]++;
+        __builtin_prefetch(item + kAhead, 1);  // or the store would wait for memory
+        *item = {weights[e], {edges[2 * e], edges[2 * e + 1]}};
+      }
+    });
   }
   // No edge of the bucket, nor of those after it, weighs less.
   float least(int64_t bucket) const {
     return bucket ? value_of((first_ + static_cast<uint32_t>(bucket)) << kShift) : -std::numeric_limits<float>::infinity();
   }
-  // take(a, b, weight) for the edges of a bucket, from root to root; those inside a component, or that drop(a, b) would have
-  // away before the first is taken, are left out.
-  template <class Drop, class Take>
-  void each(int64_t bucket, Components &components, Drop &&drop, Take &&take) {
+  // take(a, b, weight) for the edges of a bucket, from root to root; those inside a component, or whose points wanted(a, b) does
+  // not want, are left out.
+  template <class Wanted, class Take>
+  void each(int64_t bucket, Components &components, Wanted &&wanted, Take &&take) {
     Item *const first = items_.data() + starts_[bucket], *last = first;
     for (const Item *item = first, *end = items_.data() + starts_[bucket + 1]; item < end; ++item) {
+      if (!wanted(item->edge.a, item->edge.b)) continue;
       const Edge ends{components.root(item->edge.a), components.root(item->edge.b)};
       *last = {item->weight, ends};
-      last += ends.a != ends.b && !drop(ends.a, ends.b);
+      last += ends.a != ends.b;
     }
     const auto take_one = [&](const Item &item) {
       const int32_t a = components.root(item.edge.a), b = components.root(item.edge.b);
       if (a != b) take(a, b, item.weight);
     };
-    uint32_t low = std::numeric_limits<uint32_t>::max(), high = 0;
-    for (const Item *item = first; item < last; ++item) {
-      const uint32_t key = ascending_key(item->weight);
-      low = std::min(low, key), high = std::max(high, key);
-    }
     const int64_t count = last - first;
-    if (count <= kMostRanked && high - low < kRankedRange) {
+    if (bucket && count <= kMostRanked) {
+      const uint32_t low = (first_ + static_cast<uint32_t>(bucket)) << kShift;
       int32_t keys[kMostRanked + kRankedTogether], ranks[kMostRanked + kRankedTogether], order[kMostRanked];
       for (int64_t i = 0; i < count; ++i) keys[i] = static_cast<int32_t>((ascending_key(first[i].weight) - low) * kMostRanked + i);
       find_ranks(keys, count, ranks);
@@ -211,18 +212,23 @@ class EdgeQueue {
       for (int64_t i = 0; i < count; ++i) take_one(first[order[i]]);
       return;
     }
+    uint32_t low = std::numeric_limits<uint32_t>::max(), high = 0;
+    for (const Item *item = first; item < last; ++item) {
+      const uint32_t key = ascending_key(item->weight);
+      low = std::min(low, key), high = std::max(high, key);
+    }
     const int row_bits = bit_length(static_cast<uint64_t>(count));
     Buffer<PackedRow> order(count);
     for (int64_t i = 0; i < count; ++i) order[i] = PackedRow::make(ascending_key(first[i].weight) - low, i, row_bits);
-    radix_sort(order, bit_length(high - low), row_bits);
+    if (count > 1) radix_sort(order, bit_length(high - low), row_bits);
     for (const PackedRow &at : order) take_one(first[at.row(row_bits)]);
   }
 
  private:
   static constexpr int64_t kAhead = 8;
   static constexpr int kShift = 18;  // 32 buckets for each power of two; less than 2^-31 of the largest shares the first
-  static constexpr int64_t kMostRanked = 256;
-  static constexpr uint32_t kRankedRange = uint32_t{1} << 23;  // what fits keys of 31 bits beside a place
+  static constexpr int64_t kMostRanked = 256;  // beside the last bits of a key, a place has room in 31 bits
+  static_assert((int64_t{1} << kShift) * kMostRanked <= int64_t{1} << 31);
   struct Item {
     float weight;
     Edge edge;
@@ -235,27 +241,25 @@ class EdgeQueue {
 void merge(Array<const int32_t, 2> edges, Array<const float, 1> weights, double k, int64_t min_size, Array<int64_t, 1> labels,
            std::optional<Array<const int32_t, 1>> place) {
   const int64_t rows = labels.shape(0), count = edges.shape(0);
+  if (edges.shape(1) != 2) throw std::invalid_argument("edges must be (M, 2)");
   if (static_cast<int64_t>(weights.shape(0)) != count) throw std::invalid_argument("edges and weights do not fit each other");
   if (place && static_cast<int64_t>(place->shape(0)) != rows) throw std::invalid_argument("places and labels do not fit each other");
   if (place && rows && !inside(place->data(), rows, rows)) throw std::invalid_argument("a place is outside 0.." + std::to_string(rows - 1));
   if (rows > std::numeric_limits<int32_t>::max()) throw std::invalid_argument("a graph must have less than 2^31 points");
-  const Edge *edge = as_edges(edges, rows);
   if (count > std::numeric_limits<uint32_t>::max()) throw std::invalid_argument("a graph must have less than 2^32 edges");
-  const int64_t missing = count_missing(weights.data(), count);
-  if (missing) throw std::invalid_argument(std::to_string(missing) + " edge weights are NaN");
   nb::gil_scoped_release release;
-  EdgeQueue queue(edge, weights.data(), count);
+  EdgeQueue queue(edges.data(), weights.data(), count, rows);
   Components components(rows, k);
   std::vector<Edge> apart;  // edges that were not joined and may be for their size, in their order
   const auto small = [&](int32_t a, int32_t b) { return components[a].size < min_size || components[b].size < min_size; };
   const auto join_small = [&](int32_t a, int32_t b) {
     if (small(a, b)) components.join(a, b);
   };
-  const auto nothing = [](int32_t, int32_t) { return false; };
+  const auto all = [](int32_t, int32_t) { return true; };
   double highest = k;  // of all thresholds so far
   int64_t bucket = 0;
   for (; bucket < EdgeQueue::kBuckets && !(queue.least(bucket) > highest); ++bucket) {
-    queue.each(bucket, components, nothing, [&](int32_t a, int32_t b, double weight) {
+    queue.each(bucket, components, all, [&](int32_t a, int32_t b, double weight) {
       if (weight > components[a].threshold || weight > components[b].threshold) {
         if (small(a, b)) apart.push_back({a, b});
         return;
@@ -269,9 +273,11 @@ void merge(Array<const int32_t, 2> edges, Array<const float, 1> weights, double 
     const int32_t a = components.root(pair.a), b = components.root(pair.b);
     if (a != b) join_small(a, b);
   }
-  const auto large = [&](int32_t a, int32_t b) { return !small(a, b); };
+  Buffer<uint8_t> in_small(rows);  // others are in a large component for good
+  for (int64_t i = 0; i < rows; ++i) in_small[i] = components[components.root(static_cast<int32_t>(i))].size < min_size;
+  const auto joinable = [&](int32_t a, int32_t b) { return in_small[a] | in_small[b]; };
   for (; bucket < EdgeQueue::kBuckets; ++bucket)  // too heavy for every threshold
-    queue.each(bucket, components, large, [&](int32_t a, int32_t b, double) { join_small(a, b); });
+    queue.each(bucket, components, joinable, [&](int32_t a, int32_t b, double) { join_small(a, b); });
   std::vector<int32_t> number(rows, -1);
   int32_t next = 0;
   for (int64_t i = 0; i < rows; ++i) {
