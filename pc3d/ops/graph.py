@@ -126,7 +126,10 @@ def merge_graph(edges: Tensor, weights: Tensor, num_points: int, k: float = 0.05
 
 
 def _check_edges(edges: Tensor, num_points: int) -> None:
-    if len(edges) and (int(edges.min()) < 0 or int(edges.max()) >= num_points):
+    if not len(edges):
+        return
+    low, high = edges.aminmax()
+    if int(low) < 0 or int(high) >= num_points:
         raise ValueError(f"an edge names a point outside 0..{num_points - 1}")
 
 
