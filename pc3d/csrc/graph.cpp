@@ -72,17 +72,17 @@ float value_of(uint32_t key) {
   return value;
 }
 
-// Raises `largest` to the largest key; how many values are NaN.
-PC3D_CLONES int64_t raise_largest_key(const float *values, int64_t count, uint32_t &largest) {
-  uint32_t most = largest;
-  int32_t missing = 0;
+struct Keys {
+  uint32_t largest, missing;  // how many values are NaN
+};
+PC3D_CLONES Keys survey(const float *values, int64_t count) {
+  uint32_t largest = 0, missing = 0;
   for (int64_t i = 0; i < count; ++i) {
     const uint32_t key = ascending_key(values[i]);
-    most = key > most ? key : most;
+    largest = key > largest ? key : largest;
     missing += values[i] != values[i];
   }
-  largest = most;
-  return missing;
+  return {largest, missing};
 }
 
 PC3D_CLONES void find_buckets(const float *values, int64_t count, int shift, uint32_t first, uint16_t *buckets) {
@@ -152,10 +152,10 @@ class EdgeQueue {
     const auto blocks = [&](auto &&run) {
       for (int64_t begin = 0; begin < count; begin += kBlock) run(begin, std::min(begin + kBlock, count));
     };
-    uint32_t largest = 0;
-    const int64_t missing = raise_largest_key(weights, count, largest);
-    if (missing) throw std::invalid_argument(std::to_string(missing) + " edge weights are NaN");
-    first_ = largest >> kShift < kBuckets ? 0 : (largest >> kShift) - (kBuckets - 1);
+    const Keys keys = survey(weights, count);
+    if (keys.missing) throw std::invalid_argument(std::to_string(keys.missing) + " edge weights are NaN");
+    const uint32_t last = keys.largest >> kShift;
+    first_ = last < kBuckets ? 0 : last - (kBuckets - 1);
     Buffer<uint16_t> buckets(count);
     std::fill(starts_.begin(), starts_.end(), 0);
     Buffer<int64_t> next(kBuckets);  // every other edge is counted here

@@ -363,8 +363,7 @@ nb::object distinct_edges(Array<const int32_t, 2> edges, Array<const int32_t, 1>
     });
     int64_t total = 0;
     for (int64_t b = 0; b < blocks; ++b) {
-      const RowPair *const own = pairs + starts[b * kPairBlock];
-      std::copy(own, own + found[b], pairs + total);
+      std::memmove(pairs + total, pairs + starts[b * kPairBlock], found[b] * sizeof(RowPair));
       total += found[b];
     }
     ends.shrink(2 * total);
