@@ -72,8 +72,9 @@ float value_of(uint32_t key) {
   return value;
 }
 
+// The largest key of some values, and how many of them are NaN.
 struct Keys {
-  uint32_t largest, missing;  // how many values are NaN
+  uint32_t largest, missing;
 };
 PC3D_CLONES Keys survey(const float *values, int64_t count) {
   uint32_t largest = 0, missing = 0;
@@ -92,8 +93,9 @@ PC3D_CLONES void find_buckets(const float *values, int64_t count, int shift, uin
   }
 }
 
-// Of each key, how many are less. Whole blocks of keys are read, and of ranks written.
 constexpr int64_t kRankedTogether = 32;
+
+// Of each key, how many are less. Whole blocks of kRankedTogether keys are read, and of ranks written.
 PC3D_CLONES void find_ranks(const int32_t *keys, int64_t count, int32_t *ranks) {
   typedef int32_t Lanes __attribute__((vector_size(kRankedTogether / 2 * sizeof(int32_t)), aligned(4)));
   for (int64_t i = 0; i < count; i += kRankedTogether) {

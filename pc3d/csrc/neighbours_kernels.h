@@ -5,10 +5,10 @@
 
 namespace pc3d {
 
-constexpr int64_t kFan = 16;        // children of a node, points of a leaf
-constexpr int kMostLevels = 10;     // 8^10 leaves hold 2^31 points and more
+constexpr int64_t kFan = 16;          // children of a node, points of a leaf
+constexpr int kMostLevels = 8;        // 16^8 leaves hold 2^31 points and more
 constexpr int64_t kMostRanked = 128;  // candidates put in order by counting; more are sorted
-constexpr int64_t kSplit = 32;      // candidates that are only split, into the nearest and others; a multiple of kFan
+constexpr int64_t kSplit = 32;        // candidates that are only split, into the nearest and others; a multiple of kFan
 constexpr int64_t kMostWaiting = 32;  // queries whose candidates are split together
 constexpr int32_t kNobody = INT32_MAX;
 
