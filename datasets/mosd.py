@@ -22,7 +22,7 @@ class MOSD(PointDataset):
 
     Args:
         root: folder with ``learn/*.pcd`` and, if there is one, ``test/*.pcd``; without, validation scenes are tested.
-        val: share of the learning scenes kept for validation, at least one of several.
+        val: share of the learning scenes kept for validation, rounded: of two scenes 0.2 keeps none.
     """
 
     def __init__(self, root: str | None = None, val: float = 0.2) -> None:
@@ -70,7 +70,6 @@ class MOSD(PointDataset):
                 where = "is not set" if self.root is None else f"{self.root} has no folder 'learn'"
                 raise InputError(f"MOSD.root: {where}: --data.root DIR, the folder with learn/*.pcd")
             learn, test = (sorted((self.root / name).glob("*.pcd")) for name in ("learn", "test"))
-            kept = min(max(round(self.val * len(learn)), int(self.val > 0)), len(learn) - 1) if learn else 0
-            train = learn[: len(learn) - kept]
+            train = learn[: max(len(learn) - round(self.val * len(learn)), 1)]
             self._files = {"train": train, "val": learn[len(train) :], "test": test or learn[len(train) :]}
         return self._files

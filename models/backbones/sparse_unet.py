@@ -84,6 +84,8 @@ class SparseUNet(Backbone):
         order: work on the voxels in this order, on every stage: ``raster``, ``morton``, ``hilbert``, ``soar``,
             ``soar_two_level`` or ``soar_blocks``; None: as they come. Results differ in rounding only, points keep
             their rows.
+        bn_momentum: share of a batch in the running statistics of the batch norms. The published 0.01 takes hundreds of
+            steps to forget how it began; trainings of one or two hundred steps need about 0.1.
 
     With the defaults and a linear head this is the published network: 39,157,844 parameters for 6 input channels and 20
     classes. :meth:`small` trains on a CPU.
@@ -100,6 +102,7 @@ class SparseUNet(Backbone):
         norm_default: str | None = None,
         context_channels: int | None = None,
         order: str | None = None,
+        bn_momentum: float = 0.01,
     ) -> None:
         super().__init__()
         self.order = None if order is None else named_order(order)
@@ -116,9 +119,11 @@ class SparseUNet(Backbone):
         check_default(norm_default, norm_conditions)
         self.conditions, self.default_condition = tuple(norm_conditions), norm_default
         self.embedding_table = nn.Embedding(len(norm_conditions), context_channels) if context_channels else None
-        norm: NormFactory = VoxelBatchNorm
+        if not 0 < bn_momentum <= 1:
+            raise InputError(f"SparseUNet: bn_momentum {bn_momentum} does not lie above 0 and up to 1")
+        norm: NormFactory = partial(VoxelBatchNorm, momentum=bn_momentum)
         if norm_conditions:
-            norm = partial(ConditionalVoxelNorm, VoxelBatchNorm, conditions=len(norm_conditions))
+            norm = partial(ConditionalVoxelNorm, norm, conditions=len(norm_conditions))
             norm = partial(norm, context_channels=context_channels)
         self.in_channels = in_channels
         self.enc_mode = enc_mode

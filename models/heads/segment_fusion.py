@@ -9,8 +9,9 @@ own design: no code and no such details are public.
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from pc3d.nn.mlp import MLP, DropPath
 from pc3d.ops.graph import (
     Segments,
     connected_components,
+    contract_graph,
     edge_weights,
     estimate_normals,
     majority,
@@ -36,6 +38,8 @@ from pc3d.points import Points
 from pc3d.tasks.heads import InstanceHead, InstanceOutput, instance_targets
 
 _EDGE_FEATURES = 8
+_CONCAVE = 0.15  # a border that bends inwards by more parts two segments at first
+_STEEPNESS = 10.0  # of the affinity over the bend of a border, at first
 _FAR_NEIGHBOURS = 64  # of a segment in a scene with more than `dense_limit` of them
 
 
@@ -62,7 +66,8 @@ class SegmentGraph:
     Attributes:
         segments: the partition.
         edges: ``(E, 2)`` int64 touching pairs ``a < b``.
-        crossings: ``(E,)`` log of 1 + number of edges between their points; ``weight``: mean weight of those.
+        crossings: ``(E,)`` log of 1 + number of edges between their points; ``weight``: mean weight of those;
+            ``convexity``: mean bend of those, see :func:`bends`.
         center: ``(S, 3)`` mean of the points; ``voted``: mean of where their instance centres are said to be.
         normal: ``(S, 3)`` mean normal; ``embedding``: ``(S, E)`` mean point embedding.
     """
@@ -71,6 +76,7 @@ class SegmentGraph:
     edges: Tensor
     crossings: Tensor
     weight: Tensor
+    convexity: Tensor
     center: Tensor
     voted: Tensor
     normal: Tensor
@@ -236,7 +242,10 @@ class SegmentFusion(InstanceHead[FusionOutput]):
     Points need ``superpoint`` (N,), as :class:`~pc3d.data.transforms.GraphSegments` makes it (of several columns the
     first counts). Attention goes to touching segments in every first block, to the whole scene in every second. The
     class logits are the log of a segment's mean probability plus what the network adds; that is zero at first, so an
-    untrained head gives exactly the segments' vote.
+    untrained head gives exactly the segments' vote. In the same way the affinity of two segments is a line over how
+    convex their border is, which is learnt, plus what the network adds: an untrained head parts segments of one class
+    at concave borders (Stein et al., "Object Partitioning using Local Convexity", CVPR 2014). Normals have to point
+    out of the objects, as those do that point to the sensor or to the middle of a room.
 
     Args:
         channels, depth, num_heads, mlp_ratio, dropout, drop_path: of the transformer.
@@ -249,6 +258,9 @@ class SegmentFusion(InstanceHead[FusionOutput]):
         affinity_weight, identity_weight, point_weight: factors of the losses beside the semantic one.
         join: affinity from which touching segments join; ``gap``: metres between voted centres and ``difference``: of
             identities, below which others do.
+        linkage: ``single``: one such pair joins all that hangs on either segment. ``sum``: the log-odds of all borders
+            between two parts count, each as often as edges cross it (:func:`~pc3d.ops.graph.contract_graph`), so that
+            a short doubtful border does not join objects that a long one parts.
         min_points: smaller instances are dropped.
     """
 
@@ -274,6 +286,7 @@ class SegmentFusion(InstanceHead[FusionOutput]):
         identity_weight: float = 0.1,
         point_weight: float = 1.0,
         join: float = 0.5,
+        linkage: Literal["single", "sum"] = "single",
         gap: float = 0.3,
         difference: float = 0.5,
         min_points: int = 100,
@@ -290,6 +303,9 @@ class SegmentFusion(InstanceHead[FusionOutput]):
         self.affinity_weight, self.identity_weight, self.point_weight = affinity_weight, identity_weight, point_weight
         self.join, self.gap, self.difference = join, gap, difference
         self.min_points = min_points
+        if linkage not in ("single", "sum") or not 0 < join < 1:
+            raise InputError(f"SegmentFusion: linkage '{linkage}' must be single or sum, join {join} lie within 0..1")
+        self.linkage = linkage
         self.lovasz = Lovasz()
 
     def build(self, in_channels: int, num_classes: int, things: list[bool]) -> None:
@@ -300,9 +316,13 @@ class SegmentFusion(InstanceHead[FusionOutput]):
         )
         pooled = in_channels + num_classes + 2 * self.embedding_channels + 13
         semantic = nn.Sequential(nn.Linear(channels, channels), nn.GELU(), nn.Linear(channels, num_classes))
-        for parameter in semantic[-1].parameters():
-            nn.init.zeros_(parameter)
         affinity = nn.Sequential(nn.Linear(2 * channels + _EDGE_FEATURES, channels), nn.GELU(), nn.Linear(channels, 1))
+        border = nn.Linear(1, 1)
+        with torch.no_grad():
+            for parameter in (*semantic[-1].parameters(), *affinity[-1].parameters()):
+                parameter.zero_()
+            border.weight.fill_(_STEEPNESS)
+            border.bias.fill_(_STEEPNESS * _CONCAVE)
         heads = {
             "semantic": semantic,
             "embedding": nn.Sequential(nn.Linear(channels, self.identity_channels)),
@@ -315,6 +335,7 @@ class SegmentFusion(InstanceHead[FusionOutput]):
                     FusionBlock(channels, num_heads, mlp_ratio, dropout, drop_path) for _ in range(depth)
                 ),
                 "heads": nn.ModuleDict(heads),
+                "border": border,
             }
         )
 
@@ -352,12 +373,16 @@ class SegmentFusion(InstanceHead[FusionOutput]):
         pairs, counts, pair = segment_graph(segments.labels, edges)
         crossing = pair >= 0
         weight = edge_weights(coord, normal, edges[crossing])
-        mean = weight.new_zeros(len(pairs)).index_add_(0, pair[crossing], weight) / counts
+        bend = bends(coord, normal, edges[crossing])
+        weight, convexity = (
+            values.new_zeros(len(pairs)).index_add_(0, pair[crossing], values) / counts for values in (weight, bend)
+        )
         graph = SegmentGraph(
             segments,
             pairs,
             counts.float().log1p(),
-            mean,
+            weight,
+            convexity,
             segments.mean(coord),
             segments.mean(coord + offset.float()),
             segments.mean(normal),
@@ -393,7 +418,8 @@ class SegmentFusion(InstanceHead[FusionOutput]):
         a, b = graph.edges.unbind(1)
         features = graph.features(a, b, graph.crossings, graph.weight).abs()  # the same whichever comes first
         both = [tokens[a] + tokens[b], (tokens[a] - tokens[b]).abs(), features.to(tokens.dtype)]
-        return head(torch.cat(both, 1)).float()[:, 0]
+        learnt = head(torch.cat(both, 1)).float()[:, 0]
+        return learnt + cast(Any, self.fusion["border"])(graph.convexity[:, None]).float()[:, 0]
 
     # Losses ----------------------------------------------------------------------------------------------------------
 
@@ -443,13 +469,18 @@ class SegmentFusion(InstanceHead[FusionOutput]):
     def instances(self, output: FusionOutput, points: Points) -> list[Instances]:
         """Connected components of segments of one thing class, of at least ``min_points`` points.
 
-        Touching segments join by affinity; others where voted centres and identities are close. The score is the mean
-        probability of the class times the mean affinity of the joined pairs (1 for a single segment).
+        Touching segments join by affinity and ``linkage``; others where voted centres and identities are close. The
+        score is the mean probability of the class times the mean affinity of the joined pairs (1 for one segment).
         """
         probability, label = output.semantic.softmax(1).max(1)
         thing, edges = self.things[label], output.graph.edges
         affinity = output.affinity.sigmoid()
-        joined = (affinity > self.join) & (label[edges] == label[edges[:, :1]]).all(1) & thing[edges[:, 0]]
+        alike = (label[edges] == label[edges[:, :1]]).all(1) & thing[edges[:, 0]]
+        joined = alike & (affinity > self.join)
+        if self.linkage == "sum":
+            odds = (output.affinity - math.log(self.join / (1 - self.join))) * output.graph.crossings.expm1()
+            part = contract_graph(edges[alike], odds[alike], len(label))
+            joined = alike & (part[edges[:, 0]] == part[edges[:, 1]])
         far = self._far_pairs(output, label, thing)
         return self._components(output.graph, points, label, probability, affinity, joined, far)
 
@@ -507,6 +538,15 @@ class SegmentFusion(InstanceHead[FusionOutput]):
         apart = (output.identity[a] - output.identity[b]).norm(dim=1)
         touching = graph._of_pairs(a, b)[0] > 0
         return pairs[~touching & (label[a] == label[b]) & thing[a] & (apart < self.difference)]
+
+
+def bends(coord: Tensor, normal: Tensor, edges: Tensor) -> Tensor:
+    """``(M,)`` float32 how much the surface bends along edges, in -2..2: convex above 0, concave below, flat 0.
+
+    The part of the change of the normal that points along the edge, ``(n_j - n_i) . (x_j - x_i) / |x_j - x_i|``.
+    """
+    a, b = edges.unbind(1)
+    return ((normal[b] - normal[a]) * F.normalize(coord[b] - coord[a], dim=1)).sum(1)
 
 
 def _two_layers(channels: int, out: int) -> nn.Sequential:

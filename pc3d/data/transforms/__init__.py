@@ -15,6 +15,7 @@ from pc3d.data.transforms.corruptions import Corrupt
 from pc3d.data.transforms.geometric import (
     CenterShift,
     ElasticDistortion,
+    LevelPlane,
     PointClip,
     PositiveShift,
     RandomFlip,
@@ -26,7 +27,7 @@ from pc3d.data.transforms.geometric import (
     UnitShape,
 )
 from pc3d.data.transforms.occupancy import MarkBoundary, ScanAndQueries
-from pc3d.data.transforms.paste import PasteObjects
+from pc3d.data.transforms.paste import CopyInstances, PasteObjects
 from pc3d.data.transforms.presets import IndoorAugment, OutdoorAugment
 from pc3d.data.transforms.sampling import (
     ColumnCrop,
@@ -49,6 +50,7 @@ __all__ = [
     "CloudTransform",
     "ColumnCrop",
     "Compose",
+    "CopyInstances",
     "Corrupt",
     "CropBox",
     "DropAttribute",
@@ -60,6 +62,7 @@ __all__ = [
     "HeightAboveGround",
     "HeightAboveLowest",
     "IndoorAugment",
+    "LevelPlane",
     "LocalGeometry",
     "MarkBoundary",
     "NormalizeColor",

@@ -28,7 +28,8 @@ class AssembleFeatures(Transform):
     """Concatenate named attributes into ``feat`` (N, channels) float32, in the order given.
 
     Args:
-        features: attribute names; ``coord`` is one too. ``coord``, ``color`` and ``normal`` have 3 channels, others 1.
+        features: attribute names; ``coord`` is one too, and ``x``, ``y`` and ``z`` are its columns. ``coord``, ``color``
+            and ``normal`` have 3 channels, others 1.
 
     Raises:
         InputError: if an attribute is missing or has another width.
@@ -47,7 +48,7 @@ class AssembleFeatures(Transform):
     def __call__(self, points: Points, generator: torch.Generator | None = None) -> Points:
         columns = []
         for name in self.features:
-            value = points.get(name).float()
+            value = _feature(points, name).float()
             column = value[:, None] if value.ndim == 1 else value
             width = _WIDTHS.get(name, 1)
             if column.ndim != 2 or column.shape[1] != width:
@@ -57,11 +58,16 @@ class AssembleFeatures(Transform):
         return points.with_attrs(feat=torch.cat(columns, dim=1))
 
 
+def _feature(points: Points, name: str) -> Tensor:
+    """An attribute, or a column of the coordinates where no attribute has that name."""
+    return points.coord[:, "xyz".index(name)] if name in ("x", "y", "z") and name not in points else points.get(name)
+
+
 class ScaleAttribute(Transform):
     """``value * scale + offset`` of an attribute as float32, limited to ``minimum`` and ``maximum``.
 
     Args:
-        name: the attribute (``coord`` included).
+        name: the attribute (``coord`` included; ``x``, ``y`` and ``z`` are its columns).
         scale: factor.
         offset: added after scaling.
         minimum: smaller results become this; None sets no limit.
@@ -88,7 +94,7 @@ class ScaleAttribute(Transform):
         self.output = output
 
     def __call__(self, points: Points, generator: torch.Generator | None = None) -> Points:
-        scaled = points.get(self.name).float() * self.scale + self.offset
+        scaled = _feature(points, self.name).float() * self.scale + self.offset
         if self.minimum is not None or self.maximum is not None:
             scaled = scaled.clamp(self.minimum, self.maximum)
         return points.with_attrs(**{self.output or self.name: scaled})
@@ -179,16 +185,27 @@ class DropAttribute(CloudTransform):
 
 
 class EstimateNormals(CloudTransform):
-    """``normal`` (N, 3): direction of least spread of each point's ``k`` nearest neighbours, turned up (z >= 0).
+    """``normal`` (N, 3): direction of least spread of each point's ``k`` nearest neighbours.
 
     The neighbour search runs on the CPU whatever the device of the points.
+
+    Args:
+        k: neighbours, the point itself included.
+        toward: where the sensor stood, in the cloud's coordinates: normals turn to it. None turns them up (z >= 0).
     """
 
-    def __init__(self, k: int = 16) -> None:
+    def __init__(self, k: int = 16, toward: Sequence[float] | None = None) -> None:
         self.k = _check_neighbours(k)
+        if toward is not None and len(toward) != 3:
+            raise InputError(f"EstimateNormals.toward: {list(toward)} are not the three coordinates of a point")
+        self.toward = toward
 
     def apply(self, cloud: Points, generator: torch.Generator | None) -> Points:
-        return cloud.with_attrs(normal=local_geometry(cloud.coord, self.k)["normal"])
+        normal = local_geometry(cloud.coord, self.k)["normal"]
+        if self.toward is not None:
+            away = ((cloud.coord - cloud.coord.new_tensor(list(self.toward))) * normal).sum(1, keepdim=True) > 0
+            normal = torch.where(away, -normal, normal)
+        return cloud.with_attrs(normal=normal)
 
 
 class LocalGeometry(CloudTransform):

@@ -23,6 +23,8 @@ Axis = Literal["x", "y", "z"]
 MAX_NOISE_NODES = 1 << 26
 """Largest noise grid of :class:`ElasticDistortion`, in nodes (800 MB of noise)."""
 
+_PLANE_SAMPLE = 4096  # points that choose the plane of LevelPlane
+
 
 class CenterShift(CloudTransform):
     """Put the middle of a cloud's box at x = y = 0 and its lowest point at z = 0; ``origin`` in meta moves along.
@@ -62,6 +64,73 @@ def lowered(cloud: Points, shift: Tensor) -> Points:
 def _moved_origin(meta: dict[str, Any], shift: Tensor) -> dict[str, Any]:
     origin = meta.get("origin", (0.0, 0.0, 0.0))
     return {**meta, "origin": tuple(o + s for o, s in zip(origin, shift.tolist(), strict=True))}
+
+
+class LevelPlane(CloudTransform):
+    """Turn a cloud so that its largest plane, a table or a floor, lies at z = 0 and the sensor above it.
+
+    Of planes through three random points the one near which most points lie is kept, and fitted to those points by
+    least squares (RANSAC; Fischler and Bolles, CACM 1981). Draws are the same for every cloud and run. Fewer than three
+    points, or points on one line, stay where they are.
+
+    Args:
+        distance: points this near to a plane lie on it, in metres.
+        sensor: where the sensor stood, in the cloud's coordinates.
+        tries: planes that are tried.
+    """
+
+    def __init__(
+        self, distance: float = 0.01, sensor: Sequence[float] = (0.0, 0.0, 0.0), tries: int = 500
+    ) -> None:
+        if not (distance > 0 and tries > 0 and len(sensor) == 3):
+            raise InputError(
+                f"LevelPlane: distance {distance} and tries {tries} must be above 0, sensor {list(sensor)} a point"
+            )
+        self.distance = distance
+        self.sensor = sensor
+        self.tries = tries
+
+    def apply(self, cloud: Points, generator: torch.Generator | None) -> Points:
+        plane = _largest_plane(cloud.coord.detach().cpu().double(), self.distance, self.tries)
+        if plane is None:
+            return cloud
+        point, up = plane
+        if (torch.tensor(list(self.sensor), dtype=torch.float64) - point) @ up < 0:
+            up = -up
+        turn = _turn_up(up)
+        level = rotate(cloud, turn, center=(0.0, 0.0, 0.0))
+        return lowered(level, cloud.coord.new_tensor([0.0, 0.0, float(turn[2] @ point)]))
+
+
+def _largest_plane(coord: Tensor, distance: float, tries: int) -> tuple[Tensor, Tensor] | None:
+    """A point (3,) of the plane near which most points lie, and its unit normal (3,); None where there is none."""
+    if len(coord) < 3:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    some = coord[torch.randperm(len(coord), generator=generator)[:_PLANE_SAMPLE]]
+    first, second, third = some[torch.randint(len(some), (3, tries), generator=generator)]
+    normals = torch.linalg.cross(second - first, third - first)
+    sizes = normals.norm(dim=1)
+    first, normals = first[sizes > 0], (normals / sizes[:, None])[sizes > 0]
+    if not len(normals):
+        return None
+    near = (some @ normals.T - (first * normals).sum(1)).abs() <= distance
+    best = int(near.sum(0).argmax())
+    point, normal = first[best], normals[best]
+    for _ in range(2):
+        on_it = coord[((coord - point) @ normal).abs() <= distance]
+        point = on_it.mean(0)
+        normal = torch.linalg.eigh((on_it - point).T @ (on_it - point))[1][:, 0]
+    return point, normal
+
+
+def _turn_up(up: Tensor) -> Tensor:
+    """``(3, 3)`` rotation that takes a unit vector to z on the shortest way."""
+    x, y, z = up.tolist()
+    if z < -1 + 1e-12:
+        return torch.diag(up.new_tensor([1.0, -1.0, -1.0]))
+    cross = up.new_tensor([[0.0, 0.0, -x], [0.0, 0.0, -y], [x, y, 0.0]])
+    return torch.eye(3, dtype=up.dtype) + cross + cross @ cross / (1 + z)
 
 
 class RandomRotate(CloudTransform):
