@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ from pc3d.tasks.optim import OptimizerConfig, ScheduleConfig, build_optimizer, b
 
 ADAMW = OptimizerConfig()
 ONECYCLE = ScheduleConfig()
+
+_MOST_OF_FIRST_STATISTICS = 0.05  # that batch norms may keep when a training ends
 
 
 class PointTask(pl.LightningModule, Configurable):
@@ -176,6 +179,24 @@ class PointTask(pl.LightningModule, Configurable):
         self.train()  # the trainer leaves modes as it finds them: those of a loaded or partly frozen task are not right
         if self.is_new_fit():
             prepare(self.backbone, self._training_clouds)
+            self._warn_of_slow_norms()
+
+    def _warn_of_slow_norms(self) -> None:
+        """Say so if batch norms will be judged by statistics that are still those of their first weights."""
+        steps = self.trainer.estimated_stepping_batches * self.trainer.accumulate_grad_batches
+        for name, module in self.named_modules():
+            if not isinstance(module, nn.modules.batchnorm._BatchNorm) or not module.training or not module.momentum:
+                continue
+            seen = steps + int(module.num_batches_tracked or 0)
+            left = (1 - module.momentum) ** seen
+            if left > _MOST_OF_FIRST_STATISTICS and not self.trainer.fast_dev_run:
+                warnings.warn(
+                    f"after {seen:.0f} steps the running statistics of {name} (momentum {module.momentum:g}) will still be "
+                    f"{left:.0%} what they began with, and scores too low: train longer, or set a higher bn_momentum "
+                    "where the backbone has one",
+                    stacklevel=2,
+                )
+                return
 
     def _training_clouds(self, count: int) -> Iterator[Points]:
         data = getattr(self.trainer, "datamodule", None)

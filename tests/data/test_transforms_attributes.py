@@ -21,6 +21,17 @@ def test_features_are_concatenated_in_order_as_float32() -> None:
     assert torch.equal(feat, torch.cat(expected, 1))
 
 
+def test_a_column_of_the_coordinates_is_a_feature() -> None:
+    points = random_points()
+    assemble = AssembleFeatures(["z", "x"])
+    assert assemble.channels == 2
+    assert torch.equal(assemble(points).get("feat"), points.coord[:, [2, 0]])
+    height = ScaleAttribute("z", 2.0, maximum=4.0, output="height")(points)
+    assert torch.equal(height.get("height"), (points.coord[:, 2] * 2).clamp(max=4))
+    own = points.with_attrs(z=torch.arange(500))  # an attribute of that name comes first
+    assert torch.equal(AssembleFeatures(["z"])(own).get("feat")[:, 0], torch.arange(500).float())
+
+
 def test_missing_and_wide_features_are_named() -> None:
     with pytest.raises(InputError, match="cloud0: field 'strength' is missing"):
         AssembleFeatures(["strength"])(random_points())
@@ -115,6 +126,18 @@ def plane(normal: tuple[float, float, float], n: int = 400) -> Points:
     direction = F.normalize(torch.tensor(normal), dim=0)
     spread = torch.randn(n, 3, generator=seeded())
     return Points(spread - (spread @ direction)[:, None] * direction)
+
+
+@pytest.mark.parametrize("normal", [(0.0, 0.0, 1.0), (1.0, 2.0, 3.0), (1.0, -1.0, -0.5)])
+def test_normals_of_a_plane_point_to_the_sensor(normal: tuple[float, float, float]) -> None:
+    direction = F.normalize(torch.tensor(normal), dim=0)
+    cloud = plane(normal)
+    for side in (-1, 1):
+        sensor = (cloud.coord.mean(0) + side * 5 * direction).tolist()
+        estimated = EstimateNormals(k=12, toward=sensor)(cloud).get("normal")
+        torch.testing.assert_close(estimated, (side * direction).expand(cloud.num_points, 3), atol=1e-4, rtol=0)
+    with pytest.raises(InputError, match="EstimateNormals.toward"):
+        EstimateNormals(toward=(0.0, 1.0))
 
 
 @pytest.mark.parametrize("normal", [(0.0, 0.0, 1.0), (1.0, 2.0, 3.0), (1.0, -1.0, -0.5)])

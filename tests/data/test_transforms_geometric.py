@@ -10,6 +10,7 @@ from pc3d import InputError, Points
 from pc3d.data.transforms import (
     CenterShift,
     ElasticDistortion,
+    LevelPlane,
     PointClip,
     PositiveShift,
     RandomFlip,
@@ -18,7 +19,7 @@ from pc3d.data.transforms import (
     RandomRotateTargetAngle,
     RandomScale,
 )
-from pc3d.data.transforms.geometric import interpolate, smooth
+from pc3d.data.transforms.geometric import interpolate, rotation_matrix, smooth
 
 
 def point(*xyz: float) -> Points:
@@ -228,3 +229,31 @@ def test_positive_shift_keeps_the_true_place() -> None:
     assert shifted.coord.tolist() == [[0.0, 0.0, 4.0], [1.0, 9.0, 0.0]]
     assert shifted.meta[0]["origin"] == (3.0, -2.0, 1.0)
     assert PositiveShift()(Points(torch.zeros(0, 3))).num_points == 0
+
+
+@pytest.mark.parametrize("tilt", [0.0, 0.7, math.pi / 2, 2.5, math.pi])
+def test_the_largest_plane_is_levelled_below_the_sensor(tilt: float) -> None:
+    """A table with a box on it, noise, and a wall smaller than the table, seen from any side."""
+    generator = torch.Generator().manual_seed(0)
+    table = torch.rand(3000, 3, generator=generator) * torch.tensor([2.0, 2.0, 0.0])
+    box = torch.rand(600, 3, generator=generator) * torch.tensor([0.3, 0.3, 0.0]) + torch.tensor([0.5, 0.5, 0.2])
+    wall = torch.rand(900, 3, generator=generator) * torch.tensor([0.0, 2.0, 1.0])
+    level = torch.cat([table, box, wall]) + torch.randn(4500, 3, generator=generator) * 0.002
+    matrix = (rotation_matrix(tilt, "x") @ rotation_matrix(0.4, "y")).float()
+    place = torch.tensor([3.0, -1.0, 2.0])
+    cloud = Points((level @ matrix.T) + place, attrs={"normal": matrix[:, 2].expand(4500, 3).contiguous()})
+    sensor = (matrix @ torch.tensor([1.0, 1.0, 1.5]) + place).tolist()
+    levelled = LevelPlane(sensor=sensor)(cloud)
+    height = levelled.coord[:, 2]
+    torch.testing.assert_close(height, level[:, 2], atol=0.005, rtol=0)
+    torch.testing.assert_close(levelled.get("normal")[:, 2], torch.ones(4500), atol=1e-4, rtol=0)
+    torch.testing.assert_close(torch.pdist(levelled.coord[::90]), torch.pdist(level[::90]), atol=1e-4, rtol=1e-4)
+    below = LevelPlane(sensor=(matrix @ torch.tensor([1.0, 1.0, -1.5]) + place).tolist())(cloud)
+    torch.testing.assert_close(below.coord[:, 2], -level[:, 2], atol=0.005, rtol=0)
+
+
+def test_without_a_plane_nothing_moves() -> None:
+    line = Points(torch.arange(30.0)[:, None] * torch.tensor([1.0, 2.0, 3.0]))
+    assert torch.equal(LevelPlane()(line).coord, line.coord)
+    with pytest.raises(InputError, match="LevelPlane: distance 0"):
+        LevelPlane(distance=0)

@@ -15,6 +15,8 @@ from pc3d.io import write
 def test_real_scenes(data_dir: Path) -> None:
     data = MOSD(str(data_dir / "mosd_rgbd_instances"), val=0.5)
     assert [data.size(split) for split in ("train", "val", "test")] == [1, 1, 1]
+    few = MOSD(str(data_dir / "mosd_rgbd_instances"))
+    assert [few.size(split) for split in ("train", "val", "test")] == [2, 0, 0]  # all of two are learnt from
     counts = {"learn0": (153_323, [20_792, 8_177]), "learn25": (172_802, [10_907, 11_312])}
     for split in ("train", "val"):
         points = data.load(split, 0)

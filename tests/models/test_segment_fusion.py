@@ -154,6 +154,50 @@ def test_instances_by_hand():
     assert len(network.instances(output, points)[0]) == 0
 
 
+def corner(bend: float) -> Points:
+    """Two faces of a box or of a niche, one object, that meet at x = 0: the second turns down by ``bend``."""
+    a, b = torch.meshgrid(torch.arange(0.01, 0.2, 0.02), torch.arange(0.0, 0.4, 0.02), indexing="ij")
+    a, b = a.flatten(), b.flatten()
+    angle = torch.tensor(bend)
+    first = torch.stack([-a, b, 0 * a], 1)
+    second = torch.stack([a * angle.cos(), b, -a * angle.sin()], 1)
+    normals = torch.tensor([[0.0, 0.0, 1.0], [angle.sin(), 0.0, angle.cos()]]).repeat_interleave(len(a), 0)
+    return Points(
+        torch.cat([first, second]),
+        attrs={"superpoint": torch.arange(2).repeat_interleave(len(a)), "normal": normals},
+    )
+
+
+@pytest.mark.parametrize(("bend", "count"), [(1.2, 1), (0.0, 1), (-1.2, 2)])
+def test_untrained_it_parts_segments_at_concave_borders(bend, count):
+    points = corner(bend)
+    network, total = head(), points.num_points
+    output = network(torch.zeros(total, WIDTH), torch.eye(CLASSES)[0].expand(total, -1) * 5, points)
+    convexity = output.graph.convexity
+    torch.testing.assert_close(output.affinity, 10 * (convexity + 0.15))
+    if bend:
+        assert float(convexity) * bend > 0.3  # the sine of half the bend, twice, lessened by oblique edges
+    assert len(network.instances(output, points)[0]) == count
+    assert len(network.baseline(output, points)[0]) == 1
+
+
+def test_a_short_border_does_not_join_what_a_long_one_parts():
+    """1 and 2 are one object, 0 another; one doubtful pair (0, 1) is a chance contact of few points."""
+    points = corner(0.0)
+    third = points.coord[:, 1] < 0.1
+    points = points.with_attrs(superpoint=torch.where(points.get("superpoint") == 0, 0, torch.where(third, 1, 2)))
+    total = points.num_points
+    for linkage, sizes in (("single", [total]), ("sum", [200, 200])):
+        network = head(linkage=linkage)
+        output = network(torch.zeros(total, WIDTH), torch.eye(CLASSES)[0].expand(total, -1) * 5, points)
+        assert output.graph.edges.tolist() == [[0, 1], [0, 2], [1, 2]]
+        output.affinity = torch.tensor([0.5, -3.0, 6.0])
+        (found,) = network.instances(output, points)
+        assert found.sizes.tolist() == sizes
+    with pytest.raises(InputError, match="linkage 'mean'"):
+        head(linkage="mean")
+
+
 def test_missing_segments_are_named():
     points, features, logits = scene()
     with pytest.raises(InputError, match="GraphSegments"):

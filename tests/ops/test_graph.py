@@ -14,6 +14,7 @@ from pc3d.ops.backend import cpu_kernels, use_backend
 from pc3d.ops.graph import (
     Segments,
     connected_components,
+    contract_graph,
     edge_weights,
     estimate_normals,
     graph_segments,
@@ -398,3 +399,30 @@ def test_coordinates_that_are_not_finite_are_refused() -> None:
     coord = torch.tensor([[0.0, 0, 0], [math.nan, 0, 0]])
     with pytest.raises(ValueError, match="coordinates that are not finite"):
         graph_segments(coord, torch.tensor([0, 2]), normal=torch.zeros(2, 3), edges=torch.tensor([[0, 1]]))
+
+
+def test_contraction_sums_what_becomes_parallel():
+    pairs = torch.tensor([[0, 1], [1, 2], [0, 2], [3, 2]])
+    assert contract_graph(pairs, torch.tensor([5.0, 1.0, -2.0, -1.0]), 5).tolist() == [0, 0, 1, 2, 3]
+    assert contract_graph(pairs, torch.tensor([5.0, 3.0, -2.0, -1.0]), 5).tolist() == [0, 0, 0, 1, 2]
+    assert contract_graph(pairs, torch.tensor([5.0, 1.0, -2.0, 4.0]), 4).tolist() == [0, 0, 1, 1]
+    assert contract_graph(pairs[:0], torch.zeros(0), 2).tolist() == [0, 1]
+
+
+def test_contraction_equals_the_definition():
+    """Against all edges between parts summed anew after every step."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        pairs = torch.randint(0, 14, (40, 2), generator=generator)
+        weights = torch.randn(40, generator=generator, dtype=torch.float64)
+        part = torch.arange(14)
+        while True:
+            sums = torch.zeros(14, 14, dtype=torch.float64)
+            a, b = part[pairs].unbind(1)
+            apart = a != b
+            sums.index_put_((torch.minimum(a, b)[apart], torch.maximum(a, b)[apart]), weights[apart], accumulate=True)
+            if sums.max() <= 0:
+                break
+            first, second = divmod(int(sums.argmax()), 14)
+            part = torch.where(part == second, first, part)
+        assert torch.equal(contract_graph(pairs, weights, 14), renumber(part))

@@ -27,7 +27,7 @@ from pc3d.data.transforms.geometric import (
     UnitShape,
 )
 from pc3d.data.transforms.occupancy import MarkBoundary, ScanAndQueries
-from pc3d.data.transforms.paste import CopyInstances, PasteObjects
+from pc3d.data.transforms.paste import PasteObjects
 from pc3d.data.transforms.presets import IndoorAugment, OutdoorAugment
 from pc3d.data.transforms.sampling import (
     ColumnCrop,
@@ -50,7 +50,6 @@ __all__ = [
     "CloudTransform",
     "ColumnCrop",
     "Compose",
-    "CopyInstances",
     "Corrupt",
     "CropBox",
     "DropAttribute",

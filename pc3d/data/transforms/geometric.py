@@ -79,9 +79,7 @@ class LevelPlane(CloudTransform):
         tries: planes that are tried.
     """
 
-    def __init__(
-        self, distance: float = 0.01, sensor: Sequence[float] = (0.0, 0.0, 0.0), tries: int = 500
-    ) -> None:
+    def __init__(self, distance: float = 0.01, sensor: Sequence[float] = (0.0, 0.0, 0.0), tries: int = 500) -> None:
         if not (distance > 0 and tries > 0 and len(sensor) == 3):
             raise InputError(
                 f"LevelPlane: distance {distance} and tries {tries} must be above 0, sensor {list(sensor)} a point"

@@ -1,8 +1,7 @@
-"""Objects of other frames, or of the same cloud once more, pasted into a cloud."""
+"""Objects of other frames pasted into a frame."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
 from functools import cached_property
@@ -10,17 +9,15 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pc3d.data.boxes import add_boxes, box_tensor, drop_boxes
+from pc3d.data.boxes import add_boxes, box_tensor
 from pc3d.data.object_database import ObjectDatabase
-from pc3d.data.transforms.base import CloudTransform, chance, uniform
-from pc3d.data.transforms.geometric import rotate, rotation_matrix
+from pc3d.data.transforms.base import CloudTransform
 from pc3d.errors import InputError
 from pc3d.io.kitti_object import KittiFrame
 from pc3d.ops.boxes import points_in_boxes, rectangle_intersection
 from pc3d.points import Points
 
 _BEV = [0, 1, 3, 4, 6]
-_PLACES = 5  # that CopyInstances tries for a copy
 
 
 class PasteObjects(CloudTransform):
@@ -115,102 +112,3 @@ def _stand_free(boxes: Tensor, placed: Tensor) -> Tensor:
     rectangles, there = boxes[:, _BEV], placed[:, _BEV]
     among = rectangle_intersection(rectangles, rectangles).fill_diagonal_(0)
     return (rectangle_intersection(rectangles, there).sum(1) + among.sum(1)) == 0
-
-
-class CopyInstances(CloudTransform):
-    """Put copies of a cloud's own objects against and onto its objects: more of them, and more that touch.
-
-    Copy-paste augmentation (Ghiasi et al., "Simple Copy-Paste is a Strong Data Augmentation Method for Instance
-    Segmentation", CVPR 2021) for objects that stand on a plane of any height, z up. A copy is turned about the vertical,
-    then moved until it touches another object from a random side, or is laid on top of it. What it would stand on or
-    cover goes; a copy that would reach into a third object is put elsewhere, or after some tries not made. Copies get an ``instance`` and ``superpoint``
-    numbers of their own and keep everything else.
-
-    Args:
-        copies: most copies; as many as a random number from 0 to this are tried.
-        on_top: share of them that are laid on an object.
-        gap: metres between what touches.
-        cell: edge in metres of the columns in which objects collide: about twice the distance of points.
-    """
-
-    def __init__(self, copies: int = 3, on_top: float = 0.5, gap: float = 0.005, cell: float = 0.01) -> None:
-        if copies < 0 or not 0 <= on_top <= 1 or gap < 0 or cell <= 0:
-            raise InputError(
-                f"CopyInstances: copies {copies} and gap {gap} must not be negative, on_top {on_top} must lie in 0..1, "
-                f"cell {cell} be above 0"
-            )
-        self.copies = copies
-        self.on_top = on_top
-        self.gap = gap
-        self.cell = cell
-
-    def apply(self, cloud: Points, generator: torch.Generator | None) -> Points:
-        for name in ("segment", "instance"):
-            if name not in cloud:
-                raise InputError(f"{cloud.describe()}: field '{name}' is missing, CopyInstances needs it")
-        wanted = int(torch.randint(self.copies + 1, (), generator=generator))
-        cloud = drop_boxes(cloud.replace(source=None)) if wanted else cloud
-        for _ in range(wanted):
-            tries = (self._with_copy(cloud, generator) for _ in range(_PLACES))
-            cloud = next((more for more in tries if more is not None), cloud)
-        return cloud
-
-    def _with_copy(self, cloud: Points, generator: torch.Generator | None) -> Points | None:
-        """The cloud with one copy more, None where that would reach into a third object."""
-        instance = cloud.get("instance").reshape(-1)
-        there = instance[instance >= 0].unique()
-        if not len(there):
-            return None
-        source, target = there[torch.randint(len(there), (2,), generator=generator).to(there.device)]
-        angle = uniform(-math.pi, math.pi, generator)
-        copy = rotate(cloud.select(instance == source), rotation_matrix(angle, "z"))
-        other, rest = cloud.coord[instance == target], (instance >= 0) & (instance != target)
-        if chance(self.on_top, generator):
-            place = other[int(torch.randint(len(other), (), generator=generator))]
-            low, high = copy.coord.amin(0), copy.coord.amax(0)
-            shift = torch.cat([place[:2] - (low + high)[:2] / 2, (other[:, 2].amax() + self.gap - low[2])[None]])
-        else:
-            shift = self._beside(copy.coord, other, uniform(-math.pi, math.pi, generator))
-        copy = copy.with_attrs(coord=copy.coord + shift)
-        below = _in_columns(cloud.coord, copy.coord, self.cell)
-        hit = below & rest & (cloud.coord[:, 2] > copy.coord[:, 2].amin())
-        if bool(hit.any()):
-            return None
-        kept = cloud.select(~(below & (cloud.coord[:, 2] < copy.coord[:, 2].amax())))
-        return _joined(kept, copy)
-
-    def _beside(self, coord: Tensor, other: Tensor, angle: float) -> Tensor:
-        """How far ``(3,)`` points move to touch others from the side at this angle, seen from above."""
-        along = coord.new_tensor([math.cos(angle), math.sin(angle)])
-        across = torch.stack([-along[1], along[0]])
-        middle, goal = ((c.amin(0) + c.amax(0))[:2] / 2 for c in (coord, other))
-        step = goal - middle
-        own, its = ((c[:, :2] @ across / self.cell).floor().long() for c in (coord[:, :2] + step, other))
-        first = torch.minimum(own.min(), its.min())
-        size = int(torch.maximum(own.max(), its.max()) - first) + 1
-        near = coord.new_full((size,), math.inf).scatter_reduce(0, own - first, (coord[:, :2] + step) @ along, "amin")
-        far = coord.new_full((size,), -math.inf).scatter_reduce(0, its - first, other[:, :2] @ along, "amax")
-        apart = (far - near).amax()  # both have their middle on the same line, so some bin holds both
-        step = step + along * (apart + self.gap)
-        return torch.cat([step, other[:, 2].amin()[None] - coord[:, 2].amin()[None]])
-
-
-def _in_columns(coord: Tensor, other: Tensor, cell: float) -> Tensor:
-    """``(N,)`` bool: which points lie in a vertical column with some point of ``other``."""
-    columns = torch.cat([other, coord])[:, :2].div(cell).floor().long()
-    columns = columns - columns.amin(0)
-    keys = columns[:, 0] * (columns[:, 1].max() + 1) + columns[:, 1]
-    return torch.isin(keys[len(other) :], keys[: len(other)])
-
-
-def _joined(cloud: Points, copy: Points) -> Points:
-    """Both as one cloud, the second with numbers of its own for its instance and segments."""
-    attrs = {}
-    for name, value in cloud.attrs.items():
-        added = copy.get(name)
-        if name == "instance":
-            added = torch.full_like(added, int(value.max()) + 1)
-        elif name == "superpoint":
-            added = added + value.amax(0) + 1
-        attrs[name] = torch.cat([value, added])
-    return Points(torch.cat([cloud.coord, copy.coord]), attrs=attrs, meta=cloud.meta)
