@@ -179,7 +179,8 @@ class PointTask(pl.LightningModule, Configurable):
         self.train()  # the trainer leaves modes as it finds them: those of a loaded or partly frozen task are not right
         if self.is_new_fit():
             prepare(self.backbone, self._training_clouds)
-            self._warn_of_slow_norms()
+            if not getattr(self.trainer, "fast_dev_run", False):
+                self._warn_of_slow_norms()
 
     def _warn_of_slow_norms(self) -> None:
         """Say so if batch norms will be judged by statistics that are still those of their first weights."""
@@ -189,11 +190,11 @@ class PointTask(pl.LightningModule, Configurable):
                 continue
             seen = steps + int(module.num_batches_tracked or 0)
             left = (1 - module.momentum) ** seen
-            if left > _MOST_OF_FIRST_STATISTICS and not self.trainer.fast_dev_run:
+            if left > _MOST_OF_FIRST_STATISTICS:
                 warnings.warn(
-                    f"after {seen:.0f} steps the running statistics of {name} (momentum {module.momentum:g}) will still be "
-                    f"{left:.0%} what they began with, and scores too low: train longer, or set a higher bn_momentum "
-                    "where the backbone has one",
+                    f"after {seen:.0f} steps {left:.0%} of the running statistics of {name} (momentum "
+                    f"{module.momentum:g}) will be what they began with, and scores too low: train longer, or raise "
+                    "bn_momentum where the backbone has it",
                     stacklevel=2,
                 )
                 return

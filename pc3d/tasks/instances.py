@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -161,6 +162,21 @@ class InstanceSegmentation(SemanticSegmentation):
                 self.part_errors.update(prediction[begin:end], *truth)
         return {"points": source, "prediction": prediction, "instances": found}
 
+    def predictions(self, outputs: dict[str, Any]) -> Iterator[tuple[Points, Tensor]]:
+        """Each cloud with ``(N, 2)`` classes and instances of its points."""
+        for (cloud, classes), found in zip(super().predictions(outputs), outputs["instances"], strict=True):
+            yield cloud, torch.stack([classes, found.labels(cloud.num_points).to(classes)], 1)
+
+    def save_picture(self, path: Path, cloud: Points, prediction: Tensor) -> Path:
+        from pc3d.viz.figures import save_triptych
+
+        segment, (classes, labels), panels = cloud.get("segment"), prediction.unbind(1), {}
+        if "instance" in cloud:
+            truth = torch.where(segment < 0, -1, cloud.get("instance").reshape(-1))
+            labels, panels = _named_after(truth, labels), {"true instances": truth}
+        panels["instances"] = labels
+        return save_triptych(path, cloud, segment, classes, self.palette, self.class_names, instances=panels)
+
     def saved_prediction(self, outputs: dict[str, Any], cloud: Points) -> Prediction:
         rows, (found,) = outputs["points"].get("index").cpu(), outputs["instances"]
         segment = torch.full((cloud.num_points,), -1)
@@ -183,6 +199,22 @@ class InstanceSegmentation(SemanticSegmentation):
         for metric in (self.precision, self.baseline_precision, self.coverage, self.part_errors, *variants.values()):
             metric.reset()
         self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, sync_dist=True)
+
+
+def _named_after(truth: Tensor, labels: Tensor) -> Tensor:
+    """Predicted instances under the numbers of the true ones with which they share most, others under new numbers."""
+    both = (truth >= 0) & (labels >= 0)
+    pairs, counts = torch.stack([labels[both], truth[both]], 1).unique(dim=0, return_counts=True)
+    names: dict[int, int] = {}
+    for label, true in pairs[counts.argsort(descending=True, stable=True)].tolist():
+        if label not in names and true not in names.values():
+            names[label] = true
+    used = {*names.values(), *truth.unique().tolist()}
+    free = (number for number in itertools.count() if number not in used)
+    named = labels.clone()
+    for label in labels[labels >= 0].unique().tolist():
+        named[labels == label] = names[label] if label in names else next(free)
+    return named
 
 
 def _on_source(found: list[Instances], sampled: Points, source: Points, rows: Tensor) -> list[Instances]:

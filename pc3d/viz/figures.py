@@ -253,6 +253,7 @@ def save_triptych(
     prediction: Tensor | NDArray,
     palette: Palette | None = None,
     class_names: Sequence[str] | None = None,
+    instances: Mapping[str, Tensor | NDArray] | None = None,
 ) -> Path:
     """Write one cloud as input | truth | prediction | wrong points, seen from one camera, with a legend of its classes.
 
@@ -260,6 +261,7 @@ def save_triptych(
         points: the cloud; the input panel shows its colour, strength or height.
         truth: ``(N,)`` class ids, negative where unlabelled; None leaves out the truth and the wrong points.
         prediction: ``(N,)`` class ids.
+        instances: more panels, title -> ``(N,)`` instances, each in a colour of its own; negative ones are grey.
 
     Raises:
         InputError: if matplotlib is missing or the file cannot be written.
@@ -274,6 +276,7 @@ def save_triptych(
     if actual is not None:
         panels.insert(1, ("truth", label_colors(actual, colors)))
         panels.append(_errors(actual, predicted))
+    panels += [(title, label_colors(labels)) for title, labels in (instances or {}).items()]
     present = [predicted] if actual is None else [predicted, actual]
     return _draw_panels(path, points, panels, np.unique(np.concatenate(present)), names, colors)
 

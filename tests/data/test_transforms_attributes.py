@@ -136,7 +136,7 @@ def test_normals_of_a_plane_point_to_the_sensor(normal: tuple[float, float, floa
         sensor = (cloud.coord.mean(0) + side * 5 * direction).tolist()
         estimated = EstimateNormals(k=12, toward=sensor)(cloud).get("normal")
         torch.testing.assert_close(estimated, (side * direction).expand(cloud.num_points, 3), atol=1e-4, rtol=0)
-    with pytest.raises(InputError, match="EstimateNormals.toward"):
+    with pytest.raises(InputError, match=r"EstimateNormals\.toward"):
         EstimateNormals(toward=(0.0, 1.0))
 
 

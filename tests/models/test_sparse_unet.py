@@ -52,6 +52,16 @@ def test_published_initialisation() -> None:
             assert (module.eps, module.momentum) == (1e-3, 0.01)
 
 
+@pytest.mark.parametrize("conditions", [(), ("indoor", "outdoor")])
+def test_momentum_of_the_batch_norms(conditions: tuple[str, ...]) -> None:
+    net = SparseUNet(3, **TINY, norm_conditions=conditions, bn_momentum=0.1)
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm1d)]
+    assert len(norms) == 15 * max(len(conditions), 1)
+    assert {norm.momentum for norm in norms} == {0.1}
+    with pytest.raises(InputError, match="bn_momentum 0 does not lie"):
+        SparseUNet(3, bn_momentum=0)
+
+
 def test_features_in_input_order_and_stages() -> None:
     net = SparseUNet(3, **TINY).eval()
     points = clouds(150, 0, 60)

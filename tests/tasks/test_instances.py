@@ -12,8 +12,10 @@ from tiny import ALLOW, CLASSES, TinyBackbone, TinyData, cloud, trainer
 from pc3d import InputError, Points
 from pc3d.data.pipeline import Pipeline
 from pc3d.data.transforms import CenterShift, GraphSegments, NormalizeColor
+from pc3d.metrics import Instances
 from pc3d.models.heads import OffsetClustering, SegmentFusion
 from pc3d.tasks import InstanceSegmentation, OptimizerConfig, load_task, predict_cloud
+from pc3d.viz.colors import label_colors
 
 
 def lines() -> Pipeline:
@@ -90,6 +92,27 @@ def test_frozen_backbone_stays_and_resume_is_exact(tmp_path: Path) -> None:
     assert (classes[found.rows] == torch.repeat_interleave(found.classes, found.sizes)).all()
     instance = loaded.cloud_instances(pipeline, points)
     assert torch.equal(instance, found.labels(points.num_points))
+
+
+def test_pictures_show_instances_in_the_colours_of_the_true_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Predicted 7 is most of true 1, predicted 3 a smaller part of it, 5 nothing true, 4 true 0."""
+    shown: dict[str, torch.Tensor] = {}
+    monkeypatch.setattr("pc3d.viz.figures._draw_panels", lambda path, points, panels, *rest: shown.update(panels))
+    truth = torch.tensor([0, 0, 1, 1, 1, 1, -1, -1, 1])
+    found = torch.tensor([4, 4, 7, 7, 7, 3, 5, -1, -1])
+    segment = torch.tensor([2, 2, 2, 2, 2, 2, 0, 0, -1])
+    cloud = Points(torch.rand(9, 3), attrs={"segment": segment, "instance": truth})
+    instances = Instances.of(found, torch.full((8,), 2), torch.ones(8))
+    outputs = {"points": cloud, "prediction": segment.clamp(min=0), "instances": [instances]}
+    ((drawn, prediction),) = task().predictions(outputs)
+    task().save_picture(tmp_path / "picture.png", drawn, prediction.cpu())
+    colors = {title: label_colors(values) for title, values in {"true": truth, "named": found}.items()}
+    assert (shown["true instances"][:8] == colors["true"][:8]).all()
+    assert (shown["true instances"][8] == label_colors(torch.tensor([-1]))[0]).all()  # unlabelled
+    expected = label_colors(torch.tensor([0, 0, 1, 1, 1, 2, 3, -1, -1]))
+    assert (shown["instances"] == expected).all()
 
 
 def test_unknown_stuff_is_refused() -> None:

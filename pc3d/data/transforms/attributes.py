@@ -28,7 +28,7 @@ class AssembleFeatures(Transform):
     """Concatenate named attributes into ``feat`` (N, channels) float32, in the order given.
 
     Args:
-        features: attribute names; ``coord`` is one too, and ``x``, ``y`` and ``z`` are its columns. ``coord``, ``color``
+        features: attribute names; ``coord`` is one too, ``x``, ``y`` and ``z`` are its columns. ``coord``, ``color``
             and ``normal`` have 3 channels, others 1.
 
     Raises:
