@@ -40,6 +40,7 @@ from pc3d.tasks.heads import InstanceHead, InstanceOutput, instance_targets
 _EDGE_FEATURES = 8
 _CONCAVE = 0.15  # a border that bends inwards by more parts two segments at first
 _STEEPNESS = 10.0  # of the affinity over the bend of a border, at first
+_RESTRAINT = 0.01  # cost of the square of what the network adds to an affinity
 _FAR_NEIGHBOURS = 64  # of a segment in a scene with more than `dense_limit` of them
 
 
@@ -418,8 +419,11 @@ class SegmentFusion(InstanceHead[FusionOutput]):
         a, b = graph.edges.unbind(1)
         features = graph.features(a, b, graph.crossings, graph.weight).abs()  # the same whichever comes first
         both = [tokens[a] + tokens[b], (tokens[a] - tokens[b]).abs(), features.to(tokens.dtype)]
-        learnt = head(torch.cat(both, 1)).float()[:, 0]
-        return learnt + cast(Any, self.fusion["border"])(graph.convexity[:, None]).float()[:, 0]
+        return self._border(graph) + head(torch.cat(both, 1)).float()[:, 0]
+
+    def _border(self, graph: SegmentGraph) -> Tensor:
+        """``(E,)`` what the borders alone say of the affinities."""
+        return cast(Any, self.fusion["border"])(graph.convexity[:, None]).float()[:, 0]
 
     # Losses ----------------------------------------------------------------------------------------------------------
 
@@ -450,7 +454,8 @@ class SegmentFusion(InstanceHead[FusionOutput]):
     def _affinity_loss(self, output: FusionOutput, owner: Tensor, counts: Tensor, cloud: Tensor) -> Tensor:
         """Binary cross-entropy of touching pairs, joined and separate ones counting alike in every scene.
 
-        Pairs of which neither segment belongs to an instance teach nothing.
+        Pairs of which neither segment belongs to an instance teach nothing. What the network says beyond the border
+        costs its square: of few scenes it would learn by heart what the borders tell.
         """
         a, b = output.graph.edges.unbind(1)
         known = counts[a] & counts[b] & ((owner[a] >= 0) | (owner[b] >= 0))
@@ -458,6 +463,7 @@ class SegmentFusion(InstanceHead[FusionOutput]):
             return output.affinity.sum() * 0
         same = (owner[a] == owner[b])[known]
         loss = F.binary_cross_entropy_with_logits(output.affinity[known], same.float(), reduction="none")
+        loss = loss + _RESTRAINT * (output.affinity - self._border(output.graph))[known].square()
         kind = 2 * cloud[a][known] + same
         names, kind, size = kind.unique(return_inverse=True, return_counts=True)
         mean = loss.new_zeros(len(names)).index_add(0, kind, loss) / size

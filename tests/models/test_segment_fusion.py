@@ -181,6 +181,19 @@ def test_untrained_it_parts_segments_at_concave_borders(bend, count):
     assert len(network.baseline(output, points)[0]) == 1
 
 
+def test_what_is_added_to_a_clear_border_costs():
+    points = corner(1.4)
+    total = points.num_points
+    points = points.with_attrs(segment=torch.zeros(total).long(), instance=torch.zeros(total).long())
+    network = head()
+    for added in (0.0, 3.0, -3.0):
+        network.fusion["heads"]["affinity"][-1].bias.data.fill_(added)
+        output = network(torch.zeros(total, WIDTH), torch.zeros(total, CLASSES), points)
+        clear = torch.nn.functional.softplus(-output.affinity).squeeze()
+        cost = network.losses(output, points)["affinity"]
+        torch.testing.assert_close(cost, 0.5 * (clear + 0.01 * added**2))
+
+
 def test_a_short_border_does_not_join_what_a_long_one_parts():
     """1 and 2 are one object, 0 another; one doubtful pair (0, 1) is a chance contact of few points."""
     points = corner(0.0)
