@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from tiny import ALLOW, CLASSES, TinyBackbone, TinyData, cloud, trainer
 
 from pc3d import InputError, Points
+from pc3d.cli import main
 from pc3d.data.pipeline import Pipeline
 from pc3d.data.transforms import CenterShift, GraphSegments, NormalizeColor
 from pc3d.metrics import Instances
@@ -118,3 +120,21 @@ def test_pictures_show_instances_in_the_colours_of_the_true_ones(
 def test_unknown_stuff_is_refused() -> None:
     with pytest.raises(InputError, match="ceiling unknown"):
         task(stuff=["ceiling"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("learnt", "tested", "touching"), [("learn0", "learn25", True), ("learn25", "learn0", False)])
+def test_boxes_of_a_real_scene_after_learning_another(
+    tmp_path: Path, data_dir: Path, learnt: str, tested: str, touching: bool
+) -> None:
+    """Two boxes in each: where one lies on the other, the components of the graph are one object, fusion parts them."""
+    for folder, name in (("learn", learnt), ("test", tested)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{name}.pcd").symlink_to(data_dir / "mosd_rgbd_instances" / "learn" / f"{name}.pcd")
+    config = Path(__file__).parents[2] / "configs" / "mosd" / "insseg-fusion-spunet-small.yaml"
+    run = tmp_path / "run"
+    assert main(["train", "--config", str(config), "--data.root", str(tmp_path), "--run_dir", str(run)]) == 0
+    scores = json.loads((run / "summary.json").read_text())
+    assert scores["test/mIoU"] > 0.97
+    assert scores["test/AP50"] == 1
+    assert scores["test/AP50_baseline"] == (0.5 if touching else 1)
