@@ -172,7 +172,8 @@ class InstanceSegmentation(SemanticSegmentation):
 
         segment, (classes, labels), panels = cloud.get("segment"), prediction.unbind(1), {}
         if "instance" in cloud:
-            truth = torch.where(segment < 0, -1, cloud.get("instance").reshape(-1))
+            truth = torch.where(segment < 0, -1, cloud.get("instance").reshape(-1).long())
+            truth[truth >= 0] = truth[truth >= 0].unique(return_inverse=True)[1]  # some data sets count in 2^16
             labels, panels = _named_after(truth, labels), {"true instances": truth}
         panels["instances"] = labels
         return save_triptych(path, cloud, segment, classes, self.palette, self.class_names, instances=panels)

@@ -105,7 +105,7 @@ def test_pictures_show_instances_in_the_colours_of_the_true_ones(
     truth = torch.tensor([0, 0, 1, 1, 1, 1, -1, -1, 1])
     found = torch.tensor([4, 4, 7, 7, 7, 3, 5, -1, -1])
     segment = torch.tensor([2, 2, 2, 2, 2, 2, 0, 0, -1])
-    cloud = Points(torch.rand(9, 3), attrs={"segment": segment, "instance": truth})
+    cloud = Points(torch.rand(9, 3), attrs={"segment": segment, "instance": torch.where(truth == 1, 7 << 16, truth)})
     instances = Instances.of(found, torch.full((8,), 2), torch.ones(8))
     outputs = {"points": cloud, "prediction": segment.clamp(min=0), "instances": [instances]}
     ((drawn, prediction),) = task().predictions(outputs)
