@@ -40,7 +40,6 @@ from pc3d.tasks.heads import InstanceHead, InstanceOutput, instance_targets
 _EDGE_FEATURES = 8
 _CONCAVE = 0.15  # a border that bends inwards by more parts two segments at first
 _STEEPNESS = 10.0  # of the affinity over the bend of a border, at first
-_RESTRAINT = 0.01  # cost of the square of what the network adds to an affinity
 _FAR_NEIGHBOURS = 64  # of a segment in a scene with more than `dense_limit` of them
 
 
@@ -257,6 +256,8 @@ class SegmentFusion(InstanceHead[FusionOutput]):
         segment_drop: share of the segments whose input is hidden while training; ``noise``: of the pooled features.
         min_purity: segments below this share of their majority do not count in the loss.
         affinity_weight, identity_weight, point_weight: factors of the losses beside the semantic one.
+        restraint: cost of the square of what the network adds to an affinity. About 0.01 where few scenes of convex
+            objects are learnt from, which it would else learn by heart.
         join: affinity from which touching segments join; ``gap``: metres between voted centres and ``difference``: of
             identities, below which others do.
         linkage: ``single``: one such pair joins all that hangs on either segment. ``sum``: the log-odds of all borders
@@ -286,6 +287,7 @@ class SegmentFusion(InstanceHead[FusionOutput]):
         affinity_weight: float = 0.5,
         identity_weight: float = 0.1,
         point_weight: float = 1.0,
+        restraint: float = 0.0,
         join: float = 0.5,
         linkage: Literal["single", "sum"] = "single",
         gap: float = 0.3,
@@ -302,6 +304,7 @@ class SegmentFusion(InstanceHead[FusionOutput]):
         self.segment_drop, self.noise = segment_drop, noise
         self.min_purity = min_purity
         self.affinity_weight, self.identity_weight, self.point_weight = affinity_weight, identity_weight, point_weight
+        self.restraint = restraint
         self.join, self.gap, self.difference = join, gap, difference
         self.min_points = min_points
         if linkage not in ("single", "sum") or not 0 < join < 1:
@@ -454,8 +457,7 @@ class SegmentFusion(InstanceHead[FusionOutput]):
     def _affinity_loss(self, output: FusionOutput, owner: Tensor, counts: Tensor, cloud: Tensor) -> Tensor:
         """Binary cross-entropy of touching pairs, joined and separate ones counting alike in every scene.
 
-        Pairs of which neither segment belongs to an instance teach nothing. What the network says beyond the border
-        costs its square: of few scenes it would learn by heart what the borders tell.
+        Pairs of which neither segment belongs to an instance teach nothing.
         """
         a, b = output.graph.edges.unbind(1)
         known = counts[a] & counts[b] & ((owner[a] >= 0) | (owner[b] >= 0))
@@ -463,7 +465,7 @@ class SegmentFusion(InstanceHead[FusionOutput]):
             return output.affinity.sum() * 0
         same = (owner[a] == owner[b])[known]
         loss = F.binary_cross_entropy_with_logits(output.affinity[known], same.float(), reduction="none")
-        loss = loss + _RESTRAINT * (output.affinity - self._border(output.graph))[known].square()
+        loss = loss + self.restraint * (output.affinity - self._border(output.graph))[known].square()
         kind = 2 * cloud[a][known] + same
         names, kind, size = kind.unique(return_inverse=True, return_counts=True)
         mean = loss.new_zeros(len(names)).index_add(0, kind, loss) / size

@@ -185,7 +185,7 @@ def test_what_is_added_to_a_clear_border_costs():
     points = corner(1.4)
     total = points.num_points
     points = points.with_attrs(segment=torch.zeros(total).long(), instance=torch.zeros(total).long())
-    network = head()
+    network = head(restraint=0.01)
     for added in (0.0, 3.0, -3.0):
         network.fusion["heads"]["affinity"][-1].bias.data.fill_(added)
         output = network(torch.zeros(total, WIDTH), torch.zeros(total, CLASSES), points)
