@@ -84,10 +84,12 @@ class SegmentGraph:
 
     def features(self, a: Tensor, b: Tensor, crossings: Tensor, weight: Tensor) -> Tensor:
         """``(..., 8)`` of pairs: crossings, weight, centre difference (3), distance of the voted centres, cosine of the
-        mean embeddings, and the mean normals' product without sign. Nothing depends on where the scene lies."""
+        mean embeddings, and the mean normals' product without sign. Nothing depends on where the scene lies. The
+        segments ``a`` and ``b`` may broadcast to the shape of the others."""
         apart = self.center[b] - self.center[a]
         voted = (self.voted[b] - self.voted[a]).square().sum(-1)
-        alike = F.cosine_similarity(self.embedding[a], self.embedding[b], dim=-1)
+        unit = F.normalize(self.embedding, dim=-1)
+        alike = (unit[a] * unit[b]).sum(-1)
         normals = (self.normal[a] * self.normal[b]).sum(-1).abs()
         columns = [crossings, weight, (voted + 1e-12).sqrt(), alike, normals]
         return torch.cat([torch.stack(columns, -1), apart], -1)
@@ -138,7 +140,7 @@ class SegmentGraph:
         values = torch.stack([self.crossings[inside], self.weight[inside]])
         tables[:, a, b] = values
         tables[:, b, a] = values
-        return self.features(index[:, None].expand(size, size), index.expand(size, size), *tables)
+        return self.features(index[:, None], index[None], *tables)
 
     def _of_pairs(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Crossings and weight of any pairs, 0 for those that do not touch."""
